@@ -1,0 +1,39 @@
+"""Shared by the tests: the environment before paddle's import, real pictures where they are, and the tools as processes."""
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("GLOG_minloglevel", "2")
+warnings.filterwarnings("ignore", message="When training, we now always track global mean")
+import ppdensecl  # noqa: E402,F401 (imports Pillow before anything imports paddle)
+
+
+def _folder(variable, what):
+    path = os.environ.get(variable)
+    if not path or not Path(path).is_dir():
+        pytest.skip(f"{variable} names no folder with {what}")
+    return Path(path)
+
+
+@pytest.fixture
+def data_folder():
+    """Real pictures: photos/images, camvid, bccd_voc."""
+    return _folder("PPDENSECL_TEST_DATA", "the research pictures")
+
+
+@pytest.fixture
+def run_tool():
+    """run_tool("train.py", "-c", …) → CompletedProcess with text output; never longer than `timeout` seconds."""
+
+    def run(tool, *arguments, timeout=300, env=None, **options):
+        return subprocess.run([sys.executable, str(ROOT / "tools" / tool), *map(str, arguments)], cwd=ROOT, text=True,
+                              capture_output=True, timeout=timeout, env={**os.environ, **(env or {})}, **options)
+
+    return run
