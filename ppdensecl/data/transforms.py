@@ -1,0 +1,208 @@
+"""The augmentation of one view: uint8 RGB in, uint8 RGB out.
+
+What is computed is what torchvision's transforms compute on Pillow pictures (the pipeline of the paper); how is OpenCV
+and numpy, because it runs twice on every sample of every epoch. Drawing and applying are apart: `Augmentation.draw`
+fixes everything random about a view in a `ViewParams`, and `Augmentation.apply` is a plain function of picture and
+params, so that the geometry of a view stays known. Scaling to 0..1 and normalising happen on the device.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Optional, Tuple
+
+import cv2
+import numpy as np
+
+
+@dataclass(frozen=True)
+class ViewParams:
+    """All that is random about one view, in the order in which it is applied."""
+
+    top: int  # the crop, in pixels of the picture
+    left: int
+    height: int
+    width: int
+    jitter: Optional[Tuple[Tuple[str, float], ...]] = None  # (part, factor) in order of application
+    gray: bool = False
+    sigma: Optional[float] = None  # of the blur, in pixels of the view
+    flip: bool = False
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """The distribution of a view; the defaults are the recipe of DenseCL (and MoCo-v2).
+
+    A strength s means a factor uniform in (max(0, 1 − s), 1 + s); for the hue, a shift uniform in (−s, s) turns.
+    """
+
+    size: Tuple[int, int] = (224, 224)  # of the view: height, width
+    scale: Tuple[float, float] = (0.2, 1.0)  # area of the crop / area of the picture
+    ratio: Tuple[float, float] = (3 / 4, 4 / 3)  # width / height of the crop
+    jitter_p: float = 0.8
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.4
+    hue: float = 0.1
+    gray_p: float = 0.2
+    blur_p: float = 0.5
+    sigma: Tuple[float, float] = (0.1, 2.0)
+    flip_p: float = 0.5
+
+    def draw(self, rng: np.random.Generator, height: int, width: int) -> ViewParams:
+        """Draw a view of a picture of `height` × `width` pixels.
+
+        Always takes 35 numbers from `rng`, each with one meaning: 10 areas, 10 aspect ratios, top and left of the crop;
+        whether to jitter, 4 factors, 4 keys that sort the parts; gray; whether to blur, sigma; flip.
+        So a changed probability or strength changes nothing else about the views of a run.
+        """
+        u = rng.random(35)
+        strengths = (self.brightness, self.contrast, self.saturation)
+        factors = [_between(max(0, 1 - s), 1 + s, float(v)) for s, v in zip(strengths, u[23:26])]
+        factors.append(_between(-self.hue, self.hue, float(u[26])))
+        jitter = [(tuple(ADJUST)[i], factors[i]) for i in np.argsort(u[27:31])]
+        return ViewParams(
+            *_random_crop(u[:22], height, width, self.scale, self.ratio),
+            jitter=tuple(jitter) if u[22] < self.jitter_p else None,
+            gray=bool(u[31] < self.gray_p),
+            sigma=_between(*self.sigma, float(u[33])) if u[32] < self.blur_p else None,
+            flip=bool(u[34] < self.flip_p),
+        )
+
+    def apply(self, picture: np.ndarray, params: ViewParams) -> np.ndarray:
+        """The view `params` of `picture`: uint8 [H, W, 3] → uint8 [*size, 3], a new array."""
+        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+            raise ValueError(f"a picture is uint8 [H, W, 3], not {picture.dtype} {list(picture.shape)}")
+        p = params
+        view = resize(picture[p.top : p.top + p.height, p.left : p.left + p.width], self.size)
+        for part, factor in p.jitter or ():
+            view = ADJUST[part](view, factor)
+        if p.gray:
+            view = grayscale(view)
+        if p.sigma is not None:
+            view = blur(view, p.sigma)
+        return cv2.flip(view, 1) if p.flip else view
+
+
+def _between(low, high, u):
+    return low + (high - low) * u
+
+
+def _random_crop(u, height, width, scale, ratio) -> Tuple[int, int, int, int]:
+    """torchvision's RandomResizedCrop from 22 uniform numbers: (top, left, height, width).
+
+    Ten attempts at an area (uniform) and an aspect ratio (log-uniform); the first that fits into the picture is placed
+    uniformly. If none fits: the largest central crop of an allowed aspect ratio.
+    """
+    area = height * width * _between(*scale, u[:10])
+    aspect = np.exp(_between(*np.log(ratio), u[10:20]))
+    heights, widths = np.rint(np.sqrt(area / aspect)), np.rint(np.sqrt(area * aspect))
+    fits = np.flatnonzero((0 < heights) & (heights <= height) & (0 < widths) & (widths <= width))
+    if len(fits):
+        h, w = int(heights[fits[0]]), int(widths[fits[0]])
+        return int(u[20] * (height - h + 1)), int(u[21] * (width - w + 1)), h, w
+    h = min(height, max(1, round(width / min(ratio))))
+    w = min(width, max(1, round(height * max(ratio))))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+# --- the resize of Pillow ---------------------------------------------------------------------------------------------
+
+
+def resize(picture: np.ndarray, size: Tuple[int, int]) -> np.ndarray:
+    """Pillow's antialiased BILINEAR: uint8 [H, W, 3] → uint8 [*size, 3]. Sums that are halves may round the other way.
+
+    The weights are a triangle that grows with the factor by which an axis shrinks, where OpenCV's INTER_LINEAR looks at
+    two pixels however much it shrinks, and aliases. As in Pillow columns come first, and are rounded, before rows.
+    """
+    columns = _resample_rows(cv2.transpose(picture), size[1])
+    return _resample_rows(cv2.transpose(columns), size[0])
+
+
+def _resample_rows(pixels: np.ndarray, target: int) -> np.ndarray:
+    """uint8 [H, W, 3] → [target, W, 3]. The matrix [target, H] is a narrow band: multiplied block by block along it."""
+    first, weights = _triangle_bands(len(pixels), target)
+    block, k = weights.shape[1:]
+    flat = pixels.reshape(len(pixels), -1)
+    out = np.empty((len(first) * block, flat.shape[1]), np.uint8)
+    product = np.empty((block, flat.shape[1]), np.float32)
+    for i, start in enumerate(first):
+        np.matmul(weights[i], flat[start : start + k].astype(np.float32), out=product)
+        # Rounds to uint8: halves to the even number, but upwards in Pillow; hence the small addition.
+        cv2.convertScaleAbs(product, dst=out[i * block : (i + 1) * block], beta=2**-10)
+    return out[:target].reshape(target, -1, 3)
+
+
+@lru_cache(maxsize=1024)
+def _triangle_bands(source: int, target: int):
+    """Weights of the output rows in blocks [B, block, k], and the first of the k input rows that each block sees."""
+    step = source / target
+    support = max(step, 1.0)
+    block = min(16, max(8, 24 * target // source))  # much for BLAS to do, but few input rows that weigh nothing
+    rows = np.minimum(np.arange(-(-target // block) * block), target - 1)  # the last block is filled up
+    centre = (rows.reshape(-1, block, 1) + 0.5) * step
+    k = min(source, int((block - 1) * step + 2 * support + 1.5))
+    first = np.clip((centre[:, 0, 0] - support).astype(int), 0, source - k)
+    distance = first[:, None, None] + np.arange(k) + 0.5 - centre
+    weights = np.maximum(0, 1 - np.abs(distance) / support)
+    weights /= weights.sum(axis=2, keepdims=True)  # at the border the triangle is cut and its rest weighs more
+    return first.tolist(), weights.astype(np.float32)
+
+
+# --- colour, blur -----------------------------------------------------------------------------------------------------
+
+
+def _blend_table(target: float, factor: float) -> np.ndarray:
+    """target + factor · (level − target) for the 256 levels. Pillow cuts the fraction off instead of rounding."""
+    levels = np.arange(256, dtype=np.float32)
+    return np.clip(target + np.float32(factor) * (levels - np.float32(target)), 0, 255).astype(np.uint8)
+
+
+def adjust_brightness(view: np.ndarray, factor: float) -> np.ndarray:
+    """Blend with black. Pillow's numbers exactly."""
+    return cv2.LUT(view, _blend_table(0, factor))
+
+
+def adjust_contrast(view: np.ndarray, factor: float) -> np.ndarray:
+    """Blend with the mean grey of the view. Pillow's numbers exactly, but for a mean that rounds the other way."""
+    mean = cv2.mean(cv2.cvtColor(view, cv2.COLOR_RGB2GRAY))[0]
+    return cv2.LUT(view, _blend_table(int(mean + 0.5), factor))
+
+
+def adjust_saturation(view: np.ndarray, factor: float) -> np.ndarray:
+    """Blend with the grey of each pixel. Within ±1 level of Pillow."""
+    # OpenCV rounds; −0.498 makes that cut off, where −0.5 would turn whole numbers into halves.
+    return cv2.addWeighted(view, factor, grayscale(view), 1 - factor, -0.498)
+
+
+def adjust_hue(view: np.ndarray, turns: float) -> np.ndarray:
+    """Turn the hue in floating point: exact to the rounding of the result, and faster than OpenCV's 8-bit HSV.
+
+    Pillow's HSV has 8 bits, and hue, saturation and turn are cut off to them: where the chroma is high, Pillow is up
+    to a dozen levels away from the exact colour.
+    """
+    hsv = cv2.cvtColor(view.astype(np.float32), cv2.COLOR_RGB2HSV)
+    hsv[..., 0] += 360 * (turns % 1)  # OpenCV wraps above 360°, but not below 0
+    return cv2.convertScaleAbs(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB))
+
+
+ADJUST = {  # the parts of the jitter, in the order in which their factors are drawn
+    "brightness": adjust_brightness,
+    "contrast": adjust_contrast,
+    "saturation": adjust_saturation,
+    "hue": adjust_hue,
+}
+
+
+def grayscale(view: np.ndarray) -> np.ndarray:
+    """Three equal channels of luma."""
+    return cv2.cvtColor(cv2.cvtColor(view, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+
+
+def blur(view: np.ndarray, sigma: float) -> np.ndarray:
+    """The true Gaussian, cut at 3σ (below σ = 1/6 that is the pixel itself), with the border repeated.
+
+    Pillow's GaussianBlur is an approximation by three box blurs. The 8-bit cv2.GaussianBlur is the same as this, but
+    slower and with coarser weights.
+    """
+    kernel = cv2.getGaussianKernel(2 * round(3 * sigma) + 1, sigma, cv2.CV_32F)
+    return cv2.sepFilter2D(view, -1, kernel, kernel, borderType=cv2.BORDER_REPLICATE)
