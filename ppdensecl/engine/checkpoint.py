@@ -1,0 +1,310 @@
+"""Checkpoints that are either whole or not there.
+
+A checkpoint NAME is three files: NAME.pdparams (the model: both encoders, queues, pointers), NAME.pdopt (the optimizer) and
+NAME.pdstates (JSON: epoch, iteration, seed, config, and the sha256 of the other two). Random numbers are counter-based, so
+seed and iteration are the whole random state. Each file is written to a temporary name, synced and renamed, the
+.pdstates last: whatever a crash leaves behind, its checksums tell.
+
+The weights are pickled dicts of numpy arrays that `paddle.load` reads under any numpy. Reading allows arrays and plain
+containers only: a file cannot run code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import paddle
+
+from ppdensecl.errors import UserError
+
+LATEST = "latest"
+SUFFIXES = (".pdparams", ".pdopt", ".pdstates")
+
+
+def save(folder, name, weights, optimizer, states):
+    """Writes checkpoint `name` in `folder` and makes `latest` the same. weights, optimizer: {name: array}; states: JSON."""
+    folder = Path(folder)
+    digests = {".pdparams": _write(folder / f"{name}.pdparams", _dump(weights)),
+               ".pdopt": _write(folder / f"{name}.pdopt", _dump(optimizer))}
+    states = {**states, "sha256": digests}
+    states["checksum"] = _checksum(states)
+    _write(folder / f"{name}.pdstates", lambda file: file.write(json.dumps(states, indent=1).encode()))
+    for suffix in SUFFIXES:
+        _link(folder / (name + suffix), folder / (LATEST + suffix))
+    _sync_folder(folder)
+
+
+def prune(folder, keep_last):
+    """Deletes all but the `keep_last` newest numbered checkpoints (None keeps all)."""
+    numbered = [path for path in _by_iteration(folder) if path.stem != LATEST and _iteration(path) != _UNREADABLE]
+    for path in numbered[keep_last:] if keep_last else []:
+        for suffix in reversed(SUFFIXES):  # .pdstates first: what is half deleted is no checkpoint
+            path.with_suffix(suffix).unlink()
+
+
+def exists(folder):
+    return any(Path(folder).glob("*.pdstates"))
+
+
+def remove_all(folder):
+    """Deletes every checkpoint of a run."""
+    for suffix in reversed(SUFFIXES):
+        for path in Path(folder).glob(f"*{suffix}"):
+            path.unlink()
+
+
+def remove_unfinished(folder):
+    """Deletes what interrupted writes left."""
+    for suffix in SUFFIXES:
+        for path in Path(folder).glob(f".*{suffix}.tmp*"):
+            path.unlink()
+
+
+def newest(folder):
+    """(path without suffix, states, notes) of the newest checkpoint that is whole; notes name the damaged ones.
+
+    Raises UserError where there is none.
+    """
+    notes = []
+    for path in _by_iteration(folder):
+        try:
+            return path.with_suffix(""), verify(path), notes
+        except UserError as error:
+            notes.append(str(error))
+    if notes:
+        raise UserError(f"{folder}: no checkpoint here is whole ({'; '.join(notes)}); start again without --resume")
+    raise UserError(f"{folder}: there is no checkpoint to resume from; start without --resume")
+
+
+def verify(path):
+    """The states of a checkpoint, after its checksums are found right. `path` with or without suffix. Raises UserError."""
+    stem = _stem(path)
+    states_file = Path(f"{stem}.pdstates")
+    try:
+        states = json.loads(states_file.read_text())
+        if states["checksum"] != _checksum(states):
+            raise ValueError
+        digests = states["sha256"]
+    except FileNotFoundError:
+        raise UserError(f"{states_file}: no such file; give a checkpoint as its path without suffix") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"{states_file}: damaged (its checksum is wrong); use an older checkpoint") from None
+    for suffix, digest in digests.items():
+        file = Path(f"{stem}{suffix}")
+        try:
+            found = _digest(file)
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read ({error.strerror}); use an older checkpoint") from None
+        if found != digest:
+            raise UserError(f"{file}: damaged (its checksum is wrong); use an older checkpoint")
+    return states
+
+
+def load_weights(path):
+    """The model's arrays {name: array} of a checkpoint; `path` without suffix or the .pdparams. Raises UserError."""
+    return read_arrays(f"{_stem(path)}.pdparams")
+
+
+def set_weights(model, arrays, path):
+    """Sets every entry of the model's state from {name: array}; what is missing, left over or misshaped is a UserError."""
+    state = model.state_dict()
+    for kind, names in (("lacks", state.keys() - arrays.keys()), ("has an unknown", arrays.keys() - state.keys())):
+        if names:
+            raise UserError(f"{path} {kind} '{min(names)}' ({len(names)} such): it belongs to another model")
+    for name, value in state.items():
+        if list(value.shape) != list(arrays[name].shape):
+            raise UserError(f"{path}: '{name}' has shape {list(arrays[name].shape)}, expected {list(value.shape)}")
+        value.set_value(paddle.to_tensor(arrays[name], dtype=value.dtype))
+
+
+def load_optimizer(path):
+    return read_arrays(f"{_stem(path)}.pdopt")
+
+
+def write_arrays(path, arrays):
+    """Writes {name: array} as a file that `paddle.load` reads."""
+    _write(Path(path), _dump(arrays))
+    _sync_folder(Path(path).parent)
+
+
+def read_arrays(path):
+    """Reads {name: array} from a file of ours or of `paddle.save`; refuses anything that is more. Raises UserError."""
+    try:
+        with open(path, "rb") as file:
+            found = _ArrayUnpickler(file).load()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give a checkpoint as its path without suffix") from None
+    except _Refused as error:
+        raise UserError(f"{path}: asks for {error}, which is neither an array nor a plain container; refused") from None
+    except Exception:  # a damaged pickle can raise anything
+        raise UserError(f"{path}: damaged, or not a .pdparams file; give a checkpoint of this project or of paddle.save") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: holds a {type(found).__name__}, expected named arrays")
+    found.pop("StructuredToParameterName@@", None)  # paddle.save's own book-keeping
+    odd = [name for name, value in found.items() if not isinstance(value, _Array) or value.value is None]
+    if odd:
+        raise UserError(f"{path}: entry '{odd[0]}' is not an array; expected named arrays only")
+    return {name: value.value for name, value in found.items()}
+
+
+class _Refused(Exception):
+    pass
+
+
+class _Array:
+    """Stands in for numpy.ndarray: built from (shape, dtype, buffer) as we write it, or by numpy's own pickle state."""
+
+    value = None
+
+    def __init__(self, shape=None, dtype=None, buffer=None):
+        if buffer is not None:
+            self.value = np.frombuffer(buffer, _plain(dtype)).reshape(shape)
+
+    def __setstate__(self, state):
+        _, shape, dtype, fortran, buffer = state
+        self.value = np.frombuffer(buffer, _plain(dtype)).reshape(shape, order="F" if fortran else "C")
+
+
+class _DType:
+    """Stands in for numpy.dtype."""
+
+    def __init__(self, code, *_):
+        self.code = code
+
+    def __setstate__(self, state):
+        self.code = (state[1] if state[1] in ("<", ">") else "") + self.code
+
+
+def _plain(dtype):
+    dtype = np.dtype(dtype.code if isinstance(dtype, _DType) else str(dtype))
+    if dtype.kind not in "fiub":
+        raise _Refused(f"an array of type {dtype}")
+    return dtype
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Knows numpy's arrays, under the names of numpy 1 and 2, and nothing else."""
+
+    def find_class(self, module, name):
+        if (module, name) == ("numpy", "ndarray"):
+            return _Array
+        if (module, name) == ("numpy", "dtype"):
+            return _DType
+        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
+            return lambda *_: _Array()
+        if (module, name) == ("collections", "OrderedDict"):
+            return dict
+        raise _Refused(f"{module}.{name}")
+
+
+def _dump(arrays):
+    # ndarray(shape, dtype, buffer) has had one name in all numpy versions; the default pickle names numpy 2's own modules.
+    def portable(array):
+        return np.ndarray, (array.shape, array.dtype.str, array.tobytes())
+
+    def dump(file):
+        pickler = pickle.Pickler(file, protocol=4)
+        pickler.dispatch_table = {np.ndarray: portable}
+        pickler.dump({name: np.asarray(value) for name, value in arrays.items()})
+    return dump
+
+
+class _HashingFile:
+    def __init__(self, file):
+        self.file, self.sha256 = file, hashlib.sha256()
+
+    def write(self, data):
+        self.sha256.update(data)
+        return self.file.write(data)
+
+
+def _write(path, dump):
+    """Lets dump(file) write to a temporary name, syncs, renames to `path`. Returns the sha256."""
+    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            hashing = _HashingFile(file)
+            dump(hashing)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise _unwritable(path, temporary, error) from None
+    return hashing.sha256.hexdigest()
+
+
+def _unwritable(path, temporary, error):
+    temporary.unlink(missing_ok=True)
+    return UserError(f"{path}: cannot be written ({error.strerror}); the checkpoints before it are untouched: "
+                     "free some space or give another output_dir, then go on with --resume")
+
+
+def _link(source, target):
+    """Makes `target` the same file as `source`: a hard link where the file system has them, else a copy."""
+    temporary = target.with_name(f".{target.name}.tmp{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    try:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+        os.replace(temporary, target)
+    except OSError as error:
+        raise _unwritable(target, temporary, error) from None
+
+
+def _sync_folder(folder):
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+_UNREADABLE = float("inf")
+
+
+def _iteration(states_file):
+    try:
+        return int(json.loads(states_file.read_text())["iteration"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return _UNREADABLE
+
+
+def _by_iteration(folder):
+    """The .pdstates files of a folder, newest first; unreadable ones count as the newest, so that they are looked at."""
+    return sorted(Path(folder).glob("*.pdstates"), key=lambda path: (_iteration(path), path.stem != LATEST), reverse=True)
+
+
+def _checksum(states):
+    rest = {key: value for key, value in states.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _digest(path):
+    sha256 = hashlib.sha256()
+    with open(path, "rb") as file:
+        for piece in iter(lambda: file.read(1 << 20), b""):
+            sha256.update(piece)
+    return sha256.hexdigest()
+
+
+def _stem(path):
+    path = str(path)
+    return next((path[:-len(suffix)] for suffix in SUFFIXES if path.endswith(suffix)), path)
+
+
+def extract_backbone(path, out):
+    """Writes the query encoder's backbone of a checkpoint to `out` under torchvision's names; returns the names."""
+    prefix = "encoder_q.backbone."
+    arrays = {name[len(prefix):]: value for name, value in load_weights(path).items() if name.startswith(prefix)}
+    if not arrays:
+        raise UserError(f"{path}: has no '{prefix}*' entries; give a checkpoint of a pre-training run")
+    write_arrays(out, arrays)
+    return list(arrays)

@@ -1,0 +1,283 @@
+"""The training loop: data in, one DenseCL step after another, log lines and checkpoints out."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import paddle
+from tqdm import tqdm
+
+import ppdensecl
+from ppdensecl import parallel
+from ppdensecl.config import Config, build_config
+from ppdensecl.data.loader import PairLoader
+from ppdensecl.data.sources import open_source
+from ppdensecl.data.transforms import Augmentation
+from ppdensecl.engine import checkpoint, device
+from ppdensecl.engine.logging import LOGGER, Meter, Scalars, format_line, start_logging
+from ppdensecl.engine.optimisation import build_optimizer, learning_rate
+from ppdensecl.errors import UserError
+from ppdensecl.models import DenseCL
+from ppdensecl.visual.views import pair_sheet
+
+
+def build_model(config: Config) -> DenseCL:
+    """The model of a config, initialised from its seed."""
+    paddle.seed(config.seed)
+    return DenseCL(**config.model.model_dump(), seed=config.seed)
+
+
+def build_source(config: Config):
+    d = config.data
+    return open_source(d.source, root=d.root, list_file=d.list_file, annotation=d.annotation, seed=config.seed,
+                       synthetic_count=d.synthetic_count)
+
+
+class Trainer:
+    """One run, in the folder config.output_dir.
+
+    Args:
+        config: the whole run.
+        resume: None, "auto" (the newest whole checkpoint of the folder) or a checkpoint's path.
+        overwrite: delete the checkpoints of an earlier run in the folder instead of refusing.
+    """
+
+    def __init__(self, config: Config, resume=None, overwrite=False):
+        self.config = config
+        self.folder = Path(config.output_dir)
+        parallel.start()
+        self._open_folder(resume, overwrite)
+        where = device.select(config.device)
+        LOGGER.info(f"ppdensecl {ppdensecl.__version__}, paddlepaddle {paddle.__version__}, device {where}, "
+                    f"{parallel.world_size()} process(es), {device.threads()} CPU thread(s) each")
+        if config.optim.amp != "off" and where == "cpu":
+            raise UserError(f"'optim.amp' is '{config.optim.amp}', but Paddle's autocast does nothing on the CPU; use off")
+
+        if config.data.batch_size % config.model.bn_groups:
+            raise UserError(f"'model.bn_groups' is {config.model.bn_groups}, which does not divide data.batch_size "
+                            f"{config.data.batch_size}; use a divisor of it")
+        source = build_source(config)
+        self.loader = PairLoader(
+            source, Augmentation(size=config.data.size), config.data.batch_size, config.seed, config.data.workers,
+            parallel.rank(), parallel.world_size(), config.data.max_bad_fraction,
+            lambda name, reason: LOGGER.warning(f"cannot decode {name} ({reason}); another picture stands in for it"))
+        self.iters_per_epoch = len(self.loader) // config.optim.accumulate
+        if not self.iters_per_epoch:
+            raise UserError(f"'optim.accumulate' is {config.optim.accumulate}, but an epoch has only {len(self.loader)} "
+                            "batches; use a smaller one")
+        self.iterations = config.optim.epochs * self.iters_per_epoch
+        if config.optim.max_iters:
+            self.iterations = min(self.iterations, config.optim.max_iters)
+
+        self.model = build_model(config)
+        self.optimizer = build_optimizer(config.optim, self.model)
+        self.iteration = 0  # optimizer steps done
+        if resume:
+            self._resume(resume)
+        self.wrapped, self.stepper = parallel.wrap(self.model, self.optimizer)
+        self.scaler = paddle.amp.GradScaler(init_loss_scaling=2.0**14) if config.optim.amp == "float16" else None
+        LOGGER.info(f"{len(source)} pictures ({config.data.source}), {self.iters_per_epoch} iterations an epoch, "
+                    f"{self.iterations} in all, {self._batch()} pictures in each")
+        if config.model.loss_lambda == 1 and not config.model.lambda_warmup_iters:
+            LOGGER.warning("model.loss_lambda is 1 without model.lambda_warmup_iters: the matches of an untrained backbone "
+                           "are poor, and nothing else is learned; expect it to diverge or to stay random")
+
+    def _open_folder(self, resume, overwrite):
+        if not parallel.is_main():
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            start_logging(self.folder)
+        except OSError as error:
+            raise UserError(f"'output_dir' {self.folder} cannot be written ({error.strerror}); "
+                            "give another one with -o output_dir=…") from None
+        checkpoint.remove_unfinished(self.folder)
+        if checkpoint.exists(self.folder) and not resume:
+            if not overwrite:
+                raise UserError(f"{self.folder} holds the checkpoints of an earlier run; add --resume to go on with it, "
+                                "--overwrite to delete them, or give another -o output_dir=…")
+            checkpoint.remove_all(self.folder)
+        (self.folder / "config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
+
+    def _resume(self, resume):
+        if resume == "auto":
+            path, states, notes = checkpoint.newest(self.folder)
+            for note in notes:
+                LOGGER.warning(note)
+        else:
+            path, states = resume, checkpoint.verify(resume)
+        saved = build_config(states["config"], name=f"{path}.pdstates")
+        for section in ("model", "seed"):
+            if getattr(saved, section) != getattr(self.config, section):
+                raise UserError(f"{path} was trained with another '{section}' ({_difference(saved, self.config, section)}); "
+                                "resume with the same one, or start a new run in another output_dir")
+        checkpoint.set_weights(self.model, checkpoint.load_weights(path), path)
+        self.optimizer.set_state_dict(self._optimizer_names(checkpoint.load_optimizer(path), to_paddle=True))
+        self.iteration = states["iteration"]
+        if states["iters_per_epoch"] != self.iters_per_epoch:  # another batch size, or another amount of data
+            self.iteration = round(states["iteration"] / states["iters_per_epoch"] * self.iters_per_epoch)
+            LOGGER.warning(f"an epoch has {self.iters_per_epoch} iterations now, {states['iters_per_epoch']} before: "
+                           f"going on at the same part of the run, iteration {self.iteration}")
+        LOGGER.info(f"resumed from {path} at iteration {self.iteration}")
+
+    def _optimizer_names(self, state, to_paddle):
+        """Paddle names an accumulator after a parameter's running number in this process (`conv2d_3.w_0_velocity_0`); a
+        checkpoint names it after the parameter's place in the model (`encoder_q.backbone.conv1.weight/velocity_0`)."""
+        learning = {p.name: name for name, p in self.model.named_parameters() if not p.stop_gradient}
+        if to_paddle:
+            ours = {name: paddle_name for paddle_name, name in learning.items()}
+            renamed = {}
+            for key, value in state.items():
+                name, slash, kind = key.partition("/")
+                renamed[f"{ours[name]}_{kind}" if slash and name in ours else key] = paddle.to_tensor(value)
+            return renamed
+        renamed = {}
+        for key, value in state.items():
+            if isinstance(value, paddle.Tensor):
+                owner = max((p for p in learning if key.startswith(f"{p}_")), key=len, default=None)
+                renamed[key if owner is None else f"{learning[owner]}/{key[len(owner) + 1:]}"] = value.numpy()
+        return renamed
+
+    def _batch(self):
+        return self.loader.global_batch * self.config.optim.accumulate
+
+    def fit(self):
+        """Trains to the end. Raises UserError where the run cannot go on; the last good checkpoint stays."""
+        config, accumulate = self.config, self.config.optim.accumulate
+        main = parallel.is_main()
+        scalars = Scalars(self.folder / "vdl" if config.log.visualdl and main else None)
+        bar = tqdm(total=self.iterations, initial=self.iteration, unit="it", disable=not (main and sys.stderr.isatty()))
+        batches = self.loader.batches(self._batch_numbers())
+        meter, losses, first = Meter(), _Sums(), self.iteration
+        self.wrapped.train()
+        try:
+            while self.iteration < self.iterations:
+                step = self.iteration
+                watch = (step + 1) % config.log.interval == 0 or step + 1 == self.iterations or step == first
+                lr = learning_rate(config.optim, step, self.iters_per_epoch)
+                self.optimizer.set_lr(lr)
+                self.model.update_key_encoder()
+                outputs = []
+                for micro in range(accumulate):
+                    views = next(batches)
+                    meter.read()
+                    if step == first and micro == 0:
+                        scalars.add_picture("views", pair_sheet(views), step)
+                    outputs.append(self._forward_backward(views, step, watch, last=micro == accumulate - 1))
+                    losses.add(outputs[-1])
+                self._optimizer_step()
+                for output in outputs:
+                    self.model.enqueue(output)
+                self.iteration = step + 1
+                meter.done()
+                bar.update()
+                if watch:
+                    self._log(scalars, losses, outputs[-1], lr, meter)
+                    losses = _Sums()
+                self._save_if_due(losses)
+        finally:
+            bar.close()
+            scalars.close()
+            self.loader.close()
+
+    def _batch_numbers(self):
+        """The loader's batches from where the run stands; what fills no whole iteration of an epoch is left out."""
+        for iteration in range(self.iteration, self.iterations):
+            epoch, position = divmod(iteration, self.iters_per_epoch)
+            start = epoch * len(self.loader) + position * self.config.optim.accumulate
+            yield from range(start, start + self.config.optim.accumulate)
+
+    def _forward_backward(self, views, step, watch, last):
+        amp = self.config.optim.amp
+        # Gradients travel between the processes once per step, with the last of its backward passes.
+        quiet = self.wrapped.no_sync() if parallel.world_size() > 1 and not last else contextlib.nullcontext()
+        with quiet:
+            with paddle.amp.auto_cast(enable=amp != "off", dtype=amp if amp != "off" else "float16"):
+                output = self.wrapped(paddle.to_tensor(views[0]), paddle.to_tensor(views[1]), step=step, watch=watch)
+            loss = output.loss / self.config.optim.accumulate
+            (self.scaler.scale(loss) if self.scaler else loss).backward()
+        return output
+
+    def _optimizer_step(self):
+        if self.scaler:
+            self.scaler.step(self.stepper)
+            self.scaler.update()
+        else:
+            self.stepper.step()
+        self.stepper.clear_grad()
+
+    def _log(self, scalars, losses, output, lr, meter):
+        values = {**losses.means(), "lambda": output.loss_lambda,
+                  **{name: float(value) for name, value in output.watched.items()}}
+        if not np.isfinite(values["loss"]):
+            self._not_finite()
+        times = meter.line(self._batch(), self.iterations - self.iteration)
+        epoch, position = divmod(self.iteration - 1, self.iters_per_epoch)
+        LOGGER.info(format_line(epoch + 1, self.config.optim.epochs, position + 1, self.iters_per_epoch, lr, values, times))
+        scalars.add({**{f"train/{name}": value for name, value in values.items()}, "train/lr": lr,
+                     "time/reader": times["avg_reader_cost"], "time/batch": times["avg_batch_cost"],
+                     "time/ips": times["avg_ips"]}, self.iteration)
+
+    def _save_if_due(self, losses):
+        save = self.config.save
+        epoch, rest = divmod(self.iteration, self.iters_per_epoch)
+        end = self.iteration == self.iterations
+        if rest == 0 and (epoch % save.interval_epochs == 0 or end):
+            self.save(f"epoch_{epoch}", losses)
+        elif end or (save.interval_iters and self.iteration % save.interval_iters == 0):
+            self.save(f"iter_{self.iteration}", losses)
+
+    def save(self, name, losses=None):
+        """Writes checkpoint `name` (rank 0 only), unless a loss since the last log line was not finite."""
+        if losses is not None and not losses.finite():
+            self._not_finite()
+        if not parallel.is_main():
+            return
+        weights = {key: value.numpy() for key, value in self.model.state_dict().items()}
+        states = {"epoch": self.iteration // self.iters_per_epoch, "iteration": self.iteration,
+                  "iters_per_epoch": self.iters_per_epoch, "global_batch": self._batch(),
+                  "world_size": parallel.world_size(), "config": self.config.model_dump(),
+                  "versions": {"ppdensecl": ppdensecl.__version__, "paddle": paddle.__version__}}
+        checkpoint.save(self.folder, name, weights, self._optimizer_names(self.optimizer.state_dict(), False), states)
+        checkpoint.prune(self.folder, self.config.save.keep_last)
+        LOGGER.info(f"saved {self.folder / name}")
+
+    def _not_finite(self):
+        kept = "no checkpoint was written yet"
+        if checkpoint.exists(self.folder):
+            kept = f"the last good checkpoint is {self.folder / checkpoint.LATEST}"
+        raise UserError(f"the loss is not finite at iteration {self.iteration}: the run ends here, {kept}; "
+                        "try a smaller optim.lr, optim.clip_norm, or optim.amp=off")
+
+
+class _Sums:
+    """Sums of losses on the device, read only when a line is logged: no iteration waits for the device."""
+
+    def __init__(self):
+        self.sums, self.count = {}, 0
+
+    def add(self, output):
+        self.count += 1
+        for name in ("loss", "loss_global", "loss_dense"):
+            value = getattr(output, name)
+            if value is not None:
+                value = value.detach()
+                self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def means(self):
+        return {name: float(value) / self.count for name, value in self.sums.items()}
+
+    def finite(self):
+        return all(np.isfinite(float(value)) for value in self.sums.values())
+
+
+def _difference(saved, now, section):
+    a, b = getattr(saved, section), getattr(now, section)
+    if section == "seed":
+        return f"{a}, now {b}"
+    return ", ".join(f"{section}.{key}: {getattr(a, key)}, now {getattr(b, key)}" for key in type(a).model_fields
+                     if getattr(a, key) != getattr(b, key))

@@ -1,0 +1,66 @@
+"""What all tools share: the environment that Paddle needs before its import, -c/-o, and errors as one sentence."""
+
+import argparse
+import os
+import sys
+import warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a clone, installed or not
+
+from ppdensecl.errors import UserError  # noqa: E402 (imports no paddle)
+
+
+def _prepare_environment():
+    """All of this must happen before paddle (and numpy) are imported."""
+    if "AuthenticAMD" in _cpu_info() and "MKL_DEBUG_CPU_TYPE" not in os.environ:
+        # Paddle's MKL takes its slow path on AMD processors unless told otherwise; this doubles the speed.
+        os.environ["MKL_DEBUG_CPU_TYPE"] = "5"
+        print("note: AMD processor, MKL_DEBUG_CPU_TYPE=5 set for this process", file=sys.stderr)
+    if "OMP_NUM_THREADS" in os.environ:  # Paddle would print a warning; ppdensecl.engine.device sets the threads
+        os.environ.setdefault("PPDENSECL_CPU_THREADS", os.environ.pop("OMP_NUM_THREADS"))
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy works in the data workers, one process per core
+    os.environ.setdefault("GLOG_minloglevel", "2")
+    warnings.filterwarnings("ignore", message="When training, we now always track global mean")
+    warnings.filterwarnings("ignore", message="No ccache found")
+
+
+def _cpu_info():
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
+
+
+def parser(description, config=True):
+    """An ArgumentParser; with `config` it has -c and -o."""
+    arguments = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    if config:
+        arguments.add_argument("-c", "--config", required=True, help="YAML file, see configs/")
+        arguments.add_argument("-o", "--override", nargs="+", action="append", default=[], metavar="KEY=VALUE",
+                               help="set values of the config, e.g. -o data.root=/pictures optim.lr=0.1; may be repeated")
+    return arguments
+
+
+def read_config(arguments):
+    from ppdensecl.config import load_config
+
+    return load_config(arguments.config, [item for group in arguments.override for item in group])
+
+
+def run(main):
+    """Runs main(); a UserError is printed (and logged) as one sentence, and the exit status is 1."""
+    _prepare_environment()
+    try:
+        main()
+    except UserError as error:
+        from ppdensecl.engine.logging import LOGGER
+
+        if LOGGER.handlers:
+            LOGGER.error(error)
+        else:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted; go on with --resume", file=sys.stderr)
+        sys.exit(130)
