@@ -24,7 +24,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
-Side = Annotated[int, Field(ge=32)]
+Side = Annotated[int, Field(ge=32, le=4096)]
 
 
 class ModelConfig(Section):
@@ -32,7 +32,7 @@ class ModelConfig(Section):
     num_grid: Optional[int] = Field(None, ge=1)  # S of the dense grid; null for the backbone's own map
     hidden_dim: Optional[int] = Field(None, ge=1)  # of the projection head; null for the backbone's width
     embedding_dim: int = Field(128, ge=1)
-    queue_len: int = Field(65536, ge=1)
+    queue_len: int = Field(65536, ge=1, le=2**24)
     momentum: float = Field(0.999, ge=0, le=1)  # of the key encoder
     temperature: float = Field(0.2, gt=0)
     loss_lambda: float = Field(0.5, ge=0, le=1)  # weight of the dense loss; 0 is MoCo-v2
@@ -87,7 +87,7 @@ class SaveConfig(Section):
 
 
 class Config(Section):
-    output_dir: Optional[str] = None  # null for output/<name of the config file>
+    output_dir: Optional[str] = Field(None, min_length=1)  # null for output/<name of the config file>
     seed: int = Field(0, ge=0, lt=2**32)
     device: Literal["auto", "cpu", "gpu"] = "auto"
     model: ModelConfig = ModelConfig()
@@ -142,6 +142,10 @@ for _tag, _pattern, _first in (
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
 
 
+# What PyYAML's constructors raise for tags and values that do not fit.
+_UNREADABLE = (yaml.YAMLError, ValueError, KeyError, AttributeError, TypeError, RecursionError)
+
+
 def _construct_int(loader, node):
     return int(node.value)  # SafeLoader would read 010 as octal
 
@@ -181,7 +185,10 @@ def _read(path, parents):
     if not isinstance(node, yaml.MappingNode):
         raise UserError(f"{path}: not a config; expected `key: value` lines")
     values, origins = {}, {}
-    _collect(node, loader, str(path), "", values, origins)
+    try:
+        _collect(node, loader, str(path), "", values, origins)
+    except RecursionError:
+        raise UserError(f"{path}: an anchor contains itself; write the values out") from None
     base = values.pop("_base_", None)
     if base is None:
         return values, origins
@@ -209,7 +216,7 @@ def _collect(node, loader, name, prefix, values, origins):
         else:
             try:
                 values[key] = loader.construct_object(value_node, deep=True)
-            except (yaml.YAMLError, ValueError):
+            except _UNREADABLE:
                 raise UserError(f"{where}: the value of '{dotted}' has a tag or form that is not allowed; "
                                 "use a plain number, word or list") from None
 
@@ -229,15 +236,14 @@ def _override(values, origins, override):
         raise UserError(f"-o {override}: expected section.key=value, for example -o optim.lr=0.3")
     if text[:1] in ("[", "'", '"'):
         node, loader = _parse(text, f"-o {override}")
-        try:
-            value = loader.construct_document(node)
-        except (yaml.YAMLError, ValueError):
-            raise UserError(f"-o {override}: the value has a form that is not allowed; "
-                            "use a plain number, word or list") from None
     else:  # a scalar as it stands, so that paths may hold ": " or "#"
         loader = _Loader("")
         node = yaml.ScalarNode(loader.resolve(yaml.ScalarNode, text, (True, False)), text)
+    try:
         value = loader.construct_document(node)
+    except _UNREADABLE:
+        raise UserError(f"-o {override[:100]}: the value has a form that is not allowed; "
+                        "use a plain number, word or list") from None
     *sections, key = dotted.split(".")
     for depth, name in enumerate(sections, 1):
         origins.setdefault(".".join(sections[:depth]), f"-o {override}")
@@ -249,9 +255,10 @@ def _override(values, origins, override):
 
 
 _EXPECTED = {
-    "int_type": "a whole number", "float_type": "a number", "string_type": "text", "bool_type": "true or false",
+    "int_type": "a whole number", "float_type": "a number", "string_type": "text (in quotes if it looks like a number, as in -o \"key='123'\")", "bool_type": "true or false",
     "list_type": "a list", "model_type": "a section of `key: value` lines", "model_attributes_type": "a section of "
-    "`key: value` lines", "finite_number": "a finite number", "int_from_float": "a whole number",
+    "`key: value` lines", "finite_number": "a finite number",
+    "string_too_short": "the path of a folder",
 }
 _BOUNDS = {"greater_than_equal": ("ge", "at least"), "greater_than": ("gt", "greater than"),
            "less_than_equal": ("le", "at most"), "less_than": ("lt", "less than")}
@@ -274,7 +281,7 @@ def _sentence(error, origins, name):
         return f"{where}: unknown key '{dotted}'" + (f"; did you mean '{near}'?" if near else f"; known are {', '.join(known)}")
     value = error["input"]
     if dotted == "data.image_size":
-        expected = "one size or [height, width] in pixels, at least 32"
+        expected = "one size or [height, width] in pixels, 32 to 4096"
     elif error["type"] == "literal_error":
         allowed = re.findall(r"'([^']*)'", error["ctx"]["expected"])
         near = _nearest(str(value), allowed)

@@ -65,18 +65,22 @@ class Shuffle:
     it changes nothing (a batch has the same statistics in any order)."""
 
     def __init__(self, rows, groups, seed, step):
-        self.permutation = None
+        self.mine = None
         if world_size() * groups > 1:
-            self.permutation = rng.generator(seed, rng.Purpose.SHUFFLE_BN, step).permutation(rows)
+            permutation = rng.generator(seed, rng.Purpose.SHUFFLE_BN, step).permutation(rows)
+            inverse = permutation.argsort()
+            # Copied to the device before the forward passes, not between them.
+            self.mine, self.inverse, self.inverse_mine = map(
+                paddle.to_tensor, (local(permutation), inverse, local(inverse)))
 
     def scatter(self, x):
         """This rank's share of the shuffled batch: [n, …] → [n, …], where row i of rank r is row permutation[r·n + i]."""
-        if self.permutation is None:
-            return x
-        return paddle.gather(gather(x), paddle.to_tensor(local(self.permutation)))
+        return x if self.mine is None else paddle.gather(gather(x), self.mine)
 
     def restore(self, x):
         """All ranks' results for a scattered batch in the order before the shuffle: [n, …] → [R·n, …]."""
-        if self.permutation is None:
-            return x
-        return paddle.gather(gather(x), paddle.to_tensor(self.permutation.argsort()))
+        return x if self.mine is None else paddle.gather(gather(x), self.inverse)
+
+    def restore_local(self, x):
+        """This rank's rows of `restore(x)`: [n, …] → [n, …]."""
+        return x if self.mine is None else paddle.gather(gather(x), self.inverse_mine)

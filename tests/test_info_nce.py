@@ -54,10 +54,15 @@ def test_watched_numbers():
     p /= np.linalg.norm(p, axis=1, keepdims=True)
     loss, watched = info_nce(*map(paddle.to_tensor, (q, p, n)), 0.2, watch=True)
     pos, neg = (q * p).sum(1), q @ n.T
-    assert abs(float(watched["accuracy"]) - (pos >= neg.max(1)).mean()) < 1e-12
+    assert abs(float(watched["accuracy"]) - (pos > neg.max(1)).mean()) < 1e-12
     assert 0 < float(watched["accuracy"]) < 1
     assert abs(float(watched["positive"]) - pos.mean()) < 1e-12 and abs(float(watched["negative"]) - neg.mean()) < 1e-12
     assert float(loss) == float(info_nce(*map(paddle.to_tensor, (q, p, n)), 0.2)[0])  # watching changes nothing
+
+
+def test_a_collapsed_model_has_accuracy_0():
+    same = paddle.ones([4, 4]) / 2
+    assert float(info_nce(same, same, same, 0.2, watch=True)[1]["accuracy"]) == 0
 
 
 def test_only_the_query_gets_a_gradient_and_short_floats_are_summed_in_float32():

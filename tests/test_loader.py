@@ -69,9 +69,9 @@ def _folder(path, good, bad):
 def test_a_broken_picture_is_replaced_counted_and_named(tmp_path, workers):
     told = []
     loader = _loader(_folder(tmp_path, 19, 1), batch_size=5, workers=workers, max_bad_fraction=0.05,
-                     on_bad=lambda name, reason: told.append((name, reason)))
+                     on_bad=lambda *what: told.append(what))
     batches = _digest(loader, range(8))  # two epochs
-    assert len(told) == 1 and "000.png" in told[0][0] and told[0][1]
+    assert len(told) == 1 and "000.png" in told[0][0] and told[0][1] and told[0][2] == 1
     assert all(np.ptp(batch) > 0 for batch in batches)
     again = _digest(_loader(FolderSource(str(tmp_path)), batch_size=5, max_bad_fraction=0.05), range(8))
     assert all((a == b).all() for a, b in zip(batches, again))

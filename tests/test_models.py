@@ -211,6 +211,20 @@ def test_other_matchings(strategy):
     assert (out.matches.numpy() == expected.numpy()).all()
 
 
+def test_batchnorm_groups_see_their_own_statistics_and_rows_come_back_in_order():
+    one, two = small(), small(bn_groups=2)
+    pair = views(n=4)
+    for model in (one, two):
+        model.eval()  # the same statistics for all groups: only the order could differ
+    a, b = one(*pair, step=3), two(*pair, step=3)
+    assert np.allclose(a.keys.numpy(), b.keys.numpy(), atol=1e-5)
+    assert np.allclose(a.keys_dense.numpy(), b.keys_dense.numpy(), atol=1e-5)
+    assert (a.matches.numpy() == b.matches.numpy()).all() and abs(float(a.loss) - float(b.loss)) < 1e-5
+    two.train()
+    halves = [two.encoder_q(normalise(part))[0].numpy() for part in pair[0].split(2)]
+    assert np.allclose(np.concatenate(halves), two._in_groups(two.encoder_q, normalise(pair[0]))[0].numpy(), atol=1e-5)
+
+
 def test_the_key_encoder_follows_in_its_parameters_and_keeps_its_own_statistics():
     model = small(momentum=0.75)
     q, k = model.encoder_q.backbone, model.encoder_k.backbone

@@ -45,7 +45,7 @@ def test_eval_scores_trained_and_random(run_folder, run_tool, tmp_path, task):
 
 @pytest.mark.parametrize("arguments, words", [
     (["--checkpoint", "/none/latest"], "/none/latest.pdparams: cannot be read"),
-    (["--checkpoint", "README.md"], "README.md.pdparams: cannot be read"),
+    (["--checkpoint", "README.md"], "README.md: damaged, or not a .pdparams file"),
     (["--task", "knn", "-o", "data.source=folder", "data.root=docs"], "data.root"),
 ])
 def test_eval_refuses_in_one_sentence(run_folder, run_tool, arguments, words):
@@ -62,6 +62,23 @@ def test_visualize_draws_readable_pictures(run_folder, run_tool):
         assert min(picture.shape[:2]) > 100 and picture.std() > 10
     missing = run_tool("visualize.py", "/none")
     assert missing.returncode == 1 and "/none/config.yaml: cannot read" in missing.stderr
+
+
+def test_a_broken_picture_stops_neither_eval_nor_visualize(run_folder, run_tool, tmp_path):
+    import shutil
+
+    pictures, run = tmp_path / "pictures", tmp_path / "run"
+    pictures.mkdir()
+    shutil.copytree(run_folder, run)
+    for i in range(6):
+        cv2.imwrite(str(pictures / f"{i}.png"), np.random.default_rng(i).integers(0, 256, (64, 80, 3), dtype=np.uint8))
+    (pictures / "0.png").write_bytes(b"broken")
+    (run / "config.yaml").write_text(f"data: {{root: {pictures}, image_size: 64}}\nmodel: {{backbone: resnet18}}\n")
+    for arguments in (["eval.py", "-c", run / "config.yaml", "--checkpoint", run / "latest", "--task", "retrieval"],
+                      ["eval.py", "-c", run / "config.yaml", "--checkpoint", run / "latest", "--task", "correspondence"],
+                      ["visualize.py", run]):
+        result = run_tool(*arguments)
+        assert result.returncode == 0, result.stderr
 
 
 def test_read_log_counts_a_resumed_line_once(tmp_path):

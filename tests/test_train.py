@@ -12,8 +12,11 @@ import paddle
 import pytest
 
 from ppdensecl.config import load_config
+from ppdensecl.data.loader import PairLoader
+from ppdensecl.data.transforms import Augmentation
 from ppdensecl.engine import checkpoint
-from ppdensecl.engine.trainer import build_model
+from ppdensecl.engine.trainer import Trainer, build_model
+from ppdensecl.models import DenseCL
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["-c", "configs/densecl_r18_demo.yaml", "-o", "data.synthetic_count=20", "data.image_size=32", "data.batch_size=4",
@@ -45,7 +48,7 @@ def test_a_run_leaves_what_it_promises(undisturbed, run_tool, tmp_path):
     folder, result = undisturbed
     names = {f"{name}.{kind}" for name in ("latest", "iter_3", "epoch_1", "iter_6", "iter_9", "epoch_2")
              for kind in ("pdparams", "pdopt", "pdstates")}
-    assert {path.name for path in folder.iterdir()} == names | {"train.log", "config.yaml"}
+    assert {path.name for path in folder.iterdir()} == names | {"train.log", "config.yaml", ".lock"}
     assert load_config(folder / "config.yaml").data.synthetic_count == 20
     fields = (r"epoch: 2/2, iter: 5/5, lr: [\d.]+, loss: [\d.]+, loss_global: [\d.]+, loss_dense: [\d.]+, lambda: 0.5000, "
               r"accuracy: .*positive: .*negative: .*dense_accuracy: .*dense_positive: .*dense_negative: .*matched_share: .*"
@@ -103,10 +106,40 @@ def test_a_killed_run_goes_on_to_the_same_weights(undisturbed, run_tool, tmp_pat
     _same(tmp_path / "latest", undisturbed[0] / "latest")
 
 
-def test_accumulation_has_the_large_batchs_loss(tmp_path):
-    """Both halves of a batch against the same queue and key encoder: with BatchNorm frozen, the gradients are equal."""
-    from ppdensecl.models import DenseCL
+def test_the_loop_is_the_one_written_out_here(tmp_path):
+    """Two iterations of two batches: learning rate, λ warm-up, one EMA update and one enqueue each, mean gradient."""
+    config = load_config(ROOT / "configs/densecl_r18_demo.yaml", [*TINY[3:], f"output_dir={tmp_path}", "optim.accumulate=2",
+                         "optim.epochs=1", "model.lambda_warmup_iters=1", "optim.lr=0.05", "model.matching=random"])
+    trainer = Trainer(config)
+    source = trainer.loader.source
+    trainer.fit()
 
+    model = build_model(config)
+    optimizer = paddle.optimizer.Momentum(1.0, 0.9, [p for p in model.parameters() if not p.stop_gradient],
+                                          weight_decay=1e-4)
+    views = PairLoader(source, Augmentation(size=config.data.size), 4, config.seed).batches(range(4))
+    model.train()
+    for step, lr in enumerate((0.05, 0.025)):  # a cosine over two iterations
+        optimizer.set_lr(lr)
+        model.update_key_encoder()
+        outputs = []
+        for _ in range(2):
+            q, k = (paddle.to_tensor(view) for view in next(views))
+            out = model(q, k, step=step)
+            assert out.loss_lambda == (0.0 if step == 0 else 0.5)
+            (out.loss / 2).backward()
+            outputs.append(out)
+        optimizer.step()
+        optimizer.clear_grad()
+        for out in outputs:
+            model.enqueue(out)
+    found = checkpoint.load_weights(tmp_path / "latest")
+    for name, value in model.state_dict().items():
+        assert (found[name] == value.numpy()).all(), name
+
+
+def test_accumulation_has_the_large_batchs_gradient():
+    """Both halves of a batch against the same queue and key encoder: with BatchNorm frozen, the gradients are equal."""
     rng = np.random.default_rng(0)
     pair = [paddle.to_tensor(rng.integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)) for _ in range(2)]
     grads = []
@@ -114,16 +147,11 @@ def test_accumulation_has_the_large_batchs_loss(tmp_path):
         paddle.seed(0)
         model = DenseCL("resnet18", 16, 8, queue_len=30)
         model.eval()
-        model.update_key_encoder()
-        losses = []
         for i in range(parts):
             rows = slice(i * 4 // parts, (i + 1) * 4 // parts)
-            out = model(pair[0][rows], pair[1][rows])
-            (out.loss / parts).backward()
-            losses.append(float(out.loss))
-        grads.append((np.mean(losses), model.encoder_q.backbone.layer4[1].conv2.weight.grad.numpy()))
-    assert abs(grads[0][0] - grads[1][0]) < 1e-5
-    assert np.abs(grads[0][1] - grads[1][1]).max() < 1e-4 * np.abs(grads[0][1]).max()
+            (model(pair[0][rows], pair[1][rows]).loss / parts).backward()
+        grads.append(model.encoder_q.backbone.layer4[1].conv2.weight.grad.numpy())
+    assert np.abs(grads[0] - grads[1]).max() < 1e-4 * np.abs(grads[0]).max()
 
 
 def test_an_accumulated_run_counts_iterations_and_fills_the_queue(run_tool, tmp_path):
@@ -196,6 +224,44 @@ def test_bad_input_is_one_sentence_and_status_1(run_tool, tmp_path, arguments, w
 @pytest.mark.parametrize("arguments", [[], ["-c"], [*TINY, "--nonsense"]])
 def test_wrong_usage_is_status_2(run_tool, arguments):
     assert run_tool("train.py", *arguments).returncode == 2
+
+
+def test_a_refused_command_changes_nothing(undisturbed, run_tool, tmp_path):
+    assert _train(run_tool, tmp_path, overrides=["optim.max_iters=1"]).returncode == 0
+    (tmp_path / "backbone.pdparams").write_bytes(b"mine")
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.*") if path.name != "train.log"}
+    for arguments in (["--overwrite", "-o", "data.source=folder", "data.root=/typo"], ["--resume", "-o", "model.momentum=0.5"]):
+        assert _train(run_tool, tmp_path, *arguments).returncode == 1
+        assert {path.name: path.read_bytes() for path in tmp_path.glob("*.*") if path.name != "train.log"} == before
+    assert _train(run_tool, tmp_path, "--overwrite", overrides=["optim.max_iters=2"]).returncode == 0
+    assert (tmp_path / "backbone.pdparams").exists() and not (tmp_path / "iter_1.pdparams").exists()
+    assert (tmp_path / "train.log").read_text().count("iter: 1/") == 1
+
+
+def test_resume_goes_on_where_the_run_was_last_not_where_it_was_farthest(undisturbed, run_tool, tmp_path):
+    assert _train(run_tool, tmp_path).returncode == 0
+    assert _train(run_tool, tmp_path, "--resume", tmp_path / "iter_3", overrides=["optim.max_iters=4"]).returncode == 0
+    resumed = _train(run_tool, tmp_path, "--resume", overrides=["optim.max_iters=5"])
+    assert "at iteration 4" in resumed.stdout
+
+
+def test_two_runs_do_not_share_a_folder(run_tool, tmp_path):
+    first = subprocess.Popen([sys.executable, "tools/train.py", *TINY, f"output_dir={tmp_path}", "optim.epochs=200"], cwd=ROOT,
+                             stdout=subprocess.PIPE, text=True)
+    next(line for line in first.stdout if "iter: 1/" in line)
+    second = _train(run_tool, tmp_path, "--resume")
+    first.kill()
+    first.wait()
+    assert second.returncode == 1 and "another run is writing" in second.stderr
+
+
+def test_two_processes_train(tmp_path):
+    command = [sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", "2", "--log_dir", str(tmp_path / "log"),
+               "tools/train.py", *TINY, f"output_dir={tmp_path}", "optim.epochs=1"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "2 process(es)" in result.stdout and "2 iterations an epoch, 2 in all, 8 pictures in each" in result.stdout
+    assert int(checkpoint.load_weights(tmp_path / "latest")["queue.pointer"]) == 16
 
 
 def test_a_folder_with_a_run_is_not_written_over_unless_asked(undisturbed, run_tool, tmp_path):

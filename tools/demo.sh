@@ -5,20 +5,42 @@
 #   DATA=/path/to/pictures bash tools/demo.sh your own pictures: a folder, searched at any depth
 #   OUT=folder                                where everything goes (default output/demo)
 set -euo pipefail
-data=${DATA:+$(cd "$DATA" && pwd)} || { echo "error: DATA=$DATA is not a folder; give the folder that holds your pictures" >&2; exit 1; }
-cd "$(dirname "$0")/.."
+unset CDPATH
+started=$PWD
+cd -- "$(dirname -- "$0")/.."
 . tools/environment.sh
-use_environment ""
-out=${OUT:-output/demo}
+out=$(cd -- "$started" && mkdir -p -- "${OUT:-$OLDPWD/output/demo}" && cd -- "${OUT:-$OLDPWD/output/demo}" && pwd) ||
+    die "OUT=${OUT:-} cannot be made a folder; give another one"
 overrides=(output_dir="$out")
-tasks=(knn)
-if [ -n "$data" ]; then
-    overrides+=(data.source=folder data.root="$data")
-    tasks=(retrieval)
+task=knn
+if [ -n "${DATA:-}" ]; then
+    data=$(cd -- "$started" && cd -- "$DATA" && pwd) || die "DATA=$DATA is not a folder; give the folder that holds your pictures"
+    overrides+=(data.source=folder data.root="'${data//\'/\'\'}'")
+    task=retrieval
+fi
+use_environment ""
+if [ -n "${DATA:-}" ]; then
+    # As many iterations as on the scenes, whatever the number of pictures.
+    read -r batch epochs <<<"$("$PYTHON" tools/demo_size.py "$data")" || exit 1
+    overrides+=(data.batch_size="$batch" optim.epochs="$epochs" optim.max_iters=160)
 fi
 "$PYTHON" tools/train.py -c configs/densecl_r18_demo.yaml -o "${overrides[@]}" --overwrite
-for task in "${tasks[@]}" correspondence; do
-    "$PYTHON" tools/eval.py -c "$out/config.yaml" --checkpoint "$out/latest" --task "$task" --out "$out/$task.json" >/dev/null
+echo
+echo "A frozen-feature check, trained beside a random start (160 iterations teach a network little: see docs/first_run.md):"
+for check in "$task" correspondence; do
+    "$PYTHON" tools/eval.py -c "$out/config.yaml" --checkpoint "$out/latest" --task "$check" --count 120 --out "$out/$check.json"
 done
 "$PYTHON" tools/extract_backbone.py "$out/latest" "$out/backbone.pdparams" >/dev/null
-"$PYTHON" tools/visualize.py "$out"
+"$PYTHON" tools/visualize.py "$out" >/dev/null
+cat <<END
+
+Look at   $out/pictures/views.png      the augmented view pairs
+          $out/pictures/curves.png     losses, accuracies, similarities
+          $out/pictures/matches_*.png  which place of one view was matched to which of the other
+Have      $out/backbone.pdparams       the ResNet-18, torchvision's names
+          $out/latest.*                the whole checkpoint; train.py --resume goes on from it
+          $out/{train.log,config.yaml,vdl}
+Next      bash tools/test.sh
+          DATA=/path/to/pictures bash tools/demo.sh
+          $PYTHON tools/train.py -c configs/densecl_r18_photos.yaml -o data.root=/path/to/pictures
+END

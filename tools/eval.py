@@ -2,6 +2,7 @@
 python tools/eval.py -c output/RUN/config.yaml --checkpoint output/RUN/latest --task retrieval"""
 
 import json
+from pathlib import Path
 
 import command_line
 
@@ -18,6 +19,8 @@ def main():
     config = command_line.read_config(arguments)
     if arguments.count < 2:
         parser.error("--count must be at least 2")
+    if arguments.out and not Path(arguments.out).resolve().parent.is_dir():
+        parser.error(f"--out {arguments.out}: there is no such folder")
     from ppdensecl.engine import device
     from ppdensecl.engine.trainer import build_source
     from ppdensecl.evaluation import features
@@ -34,8 +37,7 @@ def main():
     print(f"{arguments.task}: trained {100 * result['trained']:.1f} %, random start {100 * result['random']:.1f} %, "
           f"chance {100 * result['chance']:.1f} %")
     if arguments.out:
-        with open(arguments.out, "w", encoding="utf-8") as file:
-            json.dump(result, file, indent=1)
+        Path(arguments.out).write_text(json.dumps(result, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

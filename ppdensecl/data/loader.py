@@ -37,7 +37,7 @@ class PairLoader:
         rank, world_size: this process takes the rank-th part of every global batch of N · world_size pictures. The global
             order depends on the seed and the epoch alone; the pictures that fill no whole batch wait for another epoch.
         max_bad_fraction: of the source's pictures that may be undecodable before the run ends.
-        on_bad: called with (name, reason) for each undecodable picture that was met for the first time.
+        on_bad: called with (name, reason, how many so far) for each undecodable picture met for the first time.
     """
 
     def __init__(self, source, augmentation, batch_size, seed=0, workers=0, rank=0, world_size=1, max_bad_fraction=0.01,
@@ -49,7 +49,7 @@ class PairLoader:
             raise UserError(f"'data.batch_size' asks for {self.global_batch} pictures in a batch, but the data has only "
                             f"{len(source)}; use a smaller data.batch_size or more pictures")
         self.allowed_bad = max_bad_fraction * len(source)
-        self.on_bad = on_bad or (lambda name, reason: None)
+        self.on_bad = on_bad or (lambda *_: None)
         self.bad = {}
         self._shape = (2, batch_size, *augmentation.size, 3)
         self._order = (None, None)  # of the epoch asked for last
@@ -125,7 +125,7 @@ class PairLoader:
         for sample, name, reason in bad:
             if sample not in self.bad:
                 self.bad[sample] = name
-                self.on_bad(name, reason)
+                self.on_bad(name, reason, len(self.bad))
         if len(self.bad) > self.allowed_bad:
             names = list(self.bad.values())
             shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

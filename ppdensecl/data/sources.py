@@ -55,6 +55,17 @@ def open_source(kind, *, root=None, list_file=None, annotation=None, synthetic_c
     raise UserError(f"data.source: {kind!r} is none of folder, list, coco, lmdb, archive, synthetic")
 
 
+def spread(source, count):
+    """About `count` pictures spread evenly over a source: yields (index, picture), the next decodable one for a broken one."""
+    for index in np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).astype(int)).tolist():
+        for at in range(index, index + len(source)):
+            try:
+                yield at % len(source), source.picture(at % len(source))
+                break
+            except UndecodableError:
+                continue
+
+
 class Names:
     """An immutable sequence of byte strings as one block of memory and an index.
 

@@ -11,11 +11,13 @@ containers only: a file cannot run code.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import pickle
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +34,7 @@ def save(folder, name, weights, optimizer, states):
     folder = Path(folder)
     digests = {".pdparams": _write(folder / f"{name}.pdparams", _dump(weights)),
                ".pdopt": _write(folder / f"{name}.pdopt", _dump(optimizer))}
-    states = {**states, "sha256": digests}
+    states = {**states, "saved_at": time.time(), "sha256": digests}
     states["checksum"] = _checksum(states)
     _write(folder / f"{name}.pdstates", lambda file: file.write(json.dumps(states, indent=1).encode()))
     for suffix in SUFFIXES:
@@ -41,11 +43,15 @@ def save(folder, name, weights, optimizer, states):
 
 
 def prune(folder, keep_last):
-    """Deletes all but the `keep_last` newest numbered checkpoints (None keeps all)."""
-    numbered = [path for path in _by_iteration(folder) if path.stem != LATEST and _iteration(path) != _UNREADABLE]
+    """Deletes all but the `keep_last` last saved numbered checkpoints (None keeps all)."""
+    numbered = [path for path in _last_saved_first(folder) if path.stem != LATEST and _saved_at(path) != _UNREADABLE]
     for path in numbered[keep_last:] if keep_last else []:
-        for suffix in reversed(SUFFIXES):  # .pdstates first: what is half deleted is no checkpoint
-            path.with_suffix(suffix).unlink()
+        _remove(path)
+
+
+def _remove(states_file):
+    for suffix in reversed(SUFFIXES):  # .pdstates first: what is half deleted is no checkpoint
+        states_file.with_suffix(suffix).unlink(missing_ok=True)
 
 
 def exists(folder):
@@ -53,10 +59,9 @@ def exists(folder):
 
 
 def remove_all(folder):
-    """Deletes every checkpoint of a run."""
-    for suffix in reversed(SUFFIXES):
-        for path in Path(folder).glob(f"*{suffix}"):
-            path.unlink()
+    """Deletes every checkpoint of a run, and nothing else."""
+    for path in list(Path(folder).glob("*.pdstates")):
+        _remove(path)
 
 
 def remove_unfinished(folder):
@@ -67,12 +72,12 @@ def remove_unfinished(folder):
 
 
 def newest(folder):
-    """(path without suffix, states, notes) of the newest checkpoint that is whole; notes name the damaged ones.
+    """(path without suffix, states, notes) of the last saved checkpoint that is whole; notes name the damaged ones.
 
     Raises UserError where there is none.
     """
     notes = []
-    for path in _by_iteration(folder):
+    for path in _last_saved_first(folder):
         try:
             return path.with_suffix(""), verify(path), notes
         except UserError as error:
@@ -108,7 +113,7 @@ def verify(path):
 
 def load_weights(path):
     """The model's arrays {name: array} of a checkpoint; `path` without suffix or the .pdparams. Raises UserError."""
-    return read_arrays(f"{_stem(path)}.pdparams")
+    return read_arrays(path if os.path.isfile(path) else f"{_stem(path)}.pdparams")
 
 
 def set_weights(model, arrays, path):
@@ -240,9 +245,10 @@ def _write(path, dump):
 
 
 def _unwritable(path, temporary, error):
-    temporary.unlink(missing_ok=True)
-    return UserError(f"{path}: cannot be written ({error.strerror}); the checkpoints before it are untouched: "
-                     "free some space or give another output_dir, then go on with --resume")
+    with contextlib.suppress(OSError):
+        temporary.unlink()
+    return UserError(f"{path}: cannot be written ({error.strerror}); what was there before is untouched: free some space "
+                     "or choose another folder, then go on (a training run with --resume)")
 
 
 def _link(source, target):
@@ -270,16 +276,17 @@ def _sync_folder(folder):
 _UNREADABLE = float("inf")
 
 
-def _iteration(states_file):
+def _saved_at(states_file):
     try:
-        return int(json.loads(states_file.read_text())["iteration"])
+        return float(json.loads(states_file.read_text())["saved_at"])
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return _UNREADABLE
 
 
-def _by_iteration(folder):
-    """The .pdstates files of a folder, newest first; unreadable ones count as the newest, so that they are looked at."""
-    return sorted(Path(folder).glob("*.pdstates"), key=lambda path: (_iteration(path), path.stem != LATEST), reverse=True)
+def _last_saved_first(folder):
+    """The .pdstates files of a folder; unreadable ones count as the last saved, so that they are looked at. Not ordered by
+    iteration: a run that was taken up again from an old checkpoint goes on where it was last, not where it was farthest."""
+    return sorted(Path(folder).glob("*.pdstates"), key=lambda path: (_saved_at(path), path.stem != LATEST), reverse=True)
 
 
 def _checksum(states):
@@ -306,5 +313,7 @@ def extract_backbone(path, out):
     arrays = {name[len(prefix):]: value for name, value in load_weights(path).items() if name.startswith(prefix)}
     if not arrays:
         raise UserError(f"{path}: has no '{prefix}*' entries; give a checkpoint of a pre-training run")
+    if Path(out).exists() and Path(out).samefile(path if os.path.isfile(path) else f"{_stem(path)}.pdparams"):
+        raise UserError(f"{out}: is the checkpoint itself; give another file to write")
     write_arrays(out, arrays)
     return list(arrays)

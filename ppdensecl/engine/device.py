@@ -26,7 +26,7 @@ def threads():
     """CPU threads of this process: PPDENSECL_CPU_THREADS where it is set, else an even share of the cores."""
     asked = os.environ.get("PPDENSECL_CPU_THREADS", "")
     if asked:
-        if not asked.isdigit() or int(asked) < 1:
+        if not (asked.isascii() and asked.isdigit()) or int(asked) < 1:
             raise UserError(f"PPDENSECL_CPU_THREADS (or OMP_NUM_THREADS) is '{asked}', expected a whole number from 1")
         return int(asked)
     return max(1, len(os.sched_getaffinity(0)) // parallel.world_size())

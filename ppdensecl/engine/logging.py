@@ -27,7 +27,7 @@ def start_logging(folder=None):
     formatter = logging.Formatter("[%(asctime)s] %(name)s %(levelname)s: %(message)s", "%Y/%m/%d %H:%M:%S")
     handlers = [_Console()]
     if folder is not None:
-        handlers.append(logging.FileHandler(Path(folder) / "train.log", encoding="utf-8"))
+        handlers.append(logging.FileHandler(Path(folder) / "train.log", encoding="utf-8", errors="backslashreplace"))
     for handler in handlers:
         handler.setFormatter(formatter)
         LOGGER.addHandler(handler)
@@ -46,20 +46,22 @@ class Meter:
     """Times of the iterations since the last log line, and the remaining time from all of this run's."""
 
     def __init__(self):
-        self.started = self.mark = time.perf_counter()
+        self.started = time.perf_counter()
         self.iterations = 0
         self._reset()
 
     def _reset(self):
         self.since, self.count, self.reader = time.perf_counter(), 0, 0.0
 
-    def read(self):
-        """Call when a batch has arrived."""
-        self.reader += time.perf_counter() - self.mark
+    def waiting(self, batches):
+        """The next of `batches`; the time until it is there is the reader's."""
+        asked = time.perf_counter()
+        batch = next(batches)
+        self.reader += time.perf_counter() - asked
+        return batch
 
     def done(self):
         """Call at the end of an iteration."""
-        self.mark = time.perf_counter()
         self.count += 1
         self.iterations += 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import sys
 from pathlib import Path
@@ -49,9 +50,9 @@ class Trainer:
     def __init__(self, config: Config, resume=None, overwrite=False):
         self.config = config
         self.folder = Path(config.output_dir)
+        where = device.select(config.device)
         parallel.start()
         self._open_folder(resume, overwrite)
-        where = device.select(config.device)
         LOGGER.info(f"ppdensecl {ppdensecl.__version__}, paddlepaddle {paddle.__version__}, device {where}, "
                     f"{parallel.world_size()} process(es), {device.threads()} CPU thread(s) each")
         if config.optim.amp != "off" and where == "cpu":
@@ -61,25 +62,28 @@ class Trainer:
             raise UserError(f"'model.bn_groups' is {config.model.bn_groups}, which does not divide data.batch_size "
                             f"{config.data.batch_size}; use a divisor of it")
         source = build_source(config)
-        self.loader = PairLoader(
-            source, Augmentation(size=config.data.size), config.data.batch_size, config.seed, config.data.workers,
-            parallel.rank(), parallel.world_size(), config.data.max_bad_fraction,
-            lambda name, reason: LOGGER.warning(f"cannot decode {name} ({reason}); another picture stands in for it"))
-        self.iters_per_epoch = len(self.loader) // config.optim.accumulate
-        if not self.iters_per_epoch:
-            raise UserError(f"'optim.accumulate' is {config.optim.accumulate}, but an epoch has only {len(self.loader)} "
-                            "batches; use a smaller one")
-        self.iterations = config.optim.epochs * self.iters_per_epoch
-        if config.optim.max_iters:
-            self.iterations = min(self.iterations, config.optim.max_iters)
-
+        batches = len(source) // (config.data.batch_size * parallel.world_size())
+        self.iters_per_epoch = batches // config.optim.accumulate
+        if batches and not self.iters_per_epoch:
+            raise UserError(f"'optim.accumulate' is {config.optim.accumulate}, but an epoch has only {batches} batches; "
+                            "use a smaller one")
+        self.iterations = min(config.optim.epochs * self.iters_per_epoch, config.optim.max_iters or sys.maxsize)
         self.model = build_model(config)
         self.optimizer = build_optimizer(config.optim, self.model)
-        self.iteration = 0  # optimizer steps done
-        if resume:
-            self._resume(resume)
-        self.wrapped, self.stepper = parallel.wrap(self.model, self.optimizer)
         self.scaler = paddle.amp.GradScaler(init_loss_scaling=2.0**14) if config.optim.amp == "float16" else None
+        # Last of what can fail: it starts the worker processes.
+        self.loader = PairLoader(
+            source, Augmentation(size=config.data.size), config.data.batch_size, config.seed, config.data.workers,
+            parallel.rank(), parallel.world_size(), config.data.max_bad_fraction, self._warn_of_bad_picture)
+        self.iteration = 0  # optimizer steps done
+        try:
+            if resume:
+                self._resume(resume)
+            self._keep_config(overwrite)
+            self.wrapped, self.stepper = parallel.wrap(self.model, self.optimizer)
+        except BaseException:
+            self.loader.close()
+            raise
         LOGGER.info(f"{len(source)} pictures ({config.data.source}), {self.iters_per_epoch} iterations an epoch, "
                     f"{self.iterations} in all, {self._batch()} pictures in each")
         if config.model.loss_lambda == 1 and not config.model.lambda_warmup_iters:
@@ -91,17 +95,36 @@ class Trainer:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.folder / ".lock", "w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             start_logging(self.folder)
+        except BlockingIOError:
+            raise UserError(f"another run is writing to {self.folder}; wait for it, or give another -o output_dir=…") from None
         except OSError as error:
             raise UserError(f"'output_dir' {self.folder} cannot be written ({error.strerror}); "
                             "give another one with -o output_dir=…") from None
         checkpoint.remove_unfinished(self.folder)
-        if checkpoint.exists(self.folder) and not resume:
-            if not overwrite:
-                raise UserError(f"{self.folder} holds the checkpoints of an earlier run; add --resume to go on with it, "
-                                "--overwrite to delete them, or give another -o output_dir=…")
+        if checkpoint.exists(self.folder) and not resume and not overwrite:
+            raise UserError(f"{self.folder} holds the checkpoints of an earlier run; add --resume to go on with it, "
+                            "--overwrite to delete them, or give another -o output_dir=…")
+
+    def _keep_config(self, overwrite):
+        """Once nothing can be refused any more: the config of this run, in place of an earlier run's traces."""
+        if not parallel.is_main():
+            return
+        if overwrite:
             checkpoint.remove_all(self.folder)
-        (self.folder / "config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
+            for log in (self.folder / "vdl").glob("vdlrecords.*"):
+                log.unlink()
+            os.truncate(self.folder / "train.log", 0)
+        try:
+            (self.folder / "config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{self.folder / 'config.yaml'} cannot be written ({error.strerror}); "
+                            "give another -o output_dir=…") from None
+
+    def _warn_of_bad_picture(self, name, reason, count):
+        LOGGER.warning(f"cannot decode {name} ({reason}); another picture stands in for it ({count} so far)")
 
     def _resume(self, resume):
         if resume == "auto":
@@ -117,6 +140,10 @@ class Trainer:
                                 "resume with the same one, or start a new run in another output_dir")
         checkpoint.set_weights(self.model, checkpoint.load_weights(path), path)
         self.optimizer.set_state_dict(self._optimizer_names(checkpoint.load_optimizer(path), to_paddle=True))
+        if self.scaler and states["scaler"]:
+            self.scaler.load_state_dict(states["scaler"])
+        if states["pictures"] != self.loader.source.fingerprint():
+            LOGGER.warning("the pictures are not those that the run had before; it goes on, but not as if never stopped")
         self.iteration = states["iteration"]
         if states["iters_per_epoch"] != self.iters_per_epoch:  # another batch size, or another amount of data
             self.iteration = round(states["iteration"] / states["iters_per_epoch"] * self.iters_per_epoch)
@@ -163,8 +190,7 @@ class Trainer:
                 self.model.update_key_encoder()
                 outputs = []
                 for micro in range(accumulate):
-                    views = next(batches)
-                    meter.read()
+                    views = meter.waiting(batches)
                     if step == first and micro == 0:
                         scalars.add_picture("views", pair_sheet(views), step)
                     outputs.append(self._forward_backward(views, step, watch, last=micro == accumulate - 1))
@@ -183,6 +209,8 @@ class Trainer:
             bar.close()
             scalars.close()
             self.loader.close()
+            if main:
+                self._lock.close()
 
     def _batch_numbers(self):
         """The loader's batches from where the run stands; what fills no whole iteration of an epoch is left out."""
@@ -238,9 +266,12 @@ class Trainer:
         if not parallel.is_main():
             return
         weights = {key: value.numpy() for key, value in self.model.state_dict().items()}
+        if not all(np.isfinite(value).all() for value in weights.values()):
+            self._not_finite()
         states = {"epoch": self.iteration // self.iters_per_epoch, "iteration": self.iteration,
                   "iters_per_epoch": self.iters_per_epoch, "global_batch": self._batch(),
-                  "world_size": parallel.world_size(), "config": self.config.model_dump(),
+                  "world_size": parallel.world_size(), "pictures": self.loader.source.fingerprint(),
+                  "scaler": self.scaler.state_dict() if self.scaler else None, "config": self.config.model_dump(),
                   "versions": {"ppdensecl": ppdensecl.__version__, "paddle": paddle.__version__}}
         checkpoint.save(self.folder, name, weights, self._optimizer_names(self.optimizer.state_dict(), False), states)
         checkpoint.prune(self.folder, self.config.save.keep_last)

@@ -3,6 +3,7 @@
 import numpy as np
 import paddle
 
+from ppdensecl.data.sources import spread
 from ppdensecl.data.views import draw_views, grid_correspondence
 from ppdensecl.models.densecl import normalise, normalised_rows
 from ppdensecl.models.matching import match
@@ -33,12 +34,11 @@ def matched_share(backbone, source, augmentation, seed, count):
     """(share of query cells, of those that the key view shows, whose match lies within one cell of the truth; the share
     that a random match would have), over `count` pictures of the source spread evenly."""
     right, chance = [], []
-    for index in np.linspace(0, len(source) - 1, count).astype(int):
-        picture = source.picture(int(index))
-        _, matches, error, _ = matched_pair(backbone, picture, augmentation, seed, int(index))
+    for index, picture in spread(source, count):
+        _, matches, error, _ = matched_pair(backbone, picture, augmentation, seed, index)
         visible = ~np.isnan(error)
         right += list(error[visible] <= 1)
-        position, _ = grid_correspondence(*draw_views(augmentation, *picture.shape[:2], seed, 0, int(index)), matches.shape)
+        position, _ = grid_correspondence(*draw_views(augmentation, *picture.shape[:2], seed, 0, index), matches.shape)
         cells = np.stack(np.meshgrid(*map(np.arange, matches.shape), indexing="ij"), -1).reshape(-1, 2)
         near = np.abs(cells[None, None] - position[:, :, None]).max(-1) <= 1
         chance += list(near.mean(-1)[visible])

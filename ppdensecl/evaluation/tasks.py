@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from ppdensecl.data.sources import spread
 from ppdensecl.data.synthetic import SyntheticSource
 from ppdensecl.data.transforms import Augmentation
 from ppdensecl.data.views import two_views
@@ -23,26 +24,18 @@ def knn_objects(backbone, source, data, seed, count):
 
 def retrieval(backbone, source, data, seed, count):
     """Is the other view of a picture found among the other views of all `count` pictures? Needs no labels."""
-    count = min(count, len(source))
-    augmentation, pairs = Augmentation(size=data.size), [[], []]
-    for index in _spread(source, count):
-        views = two_views(source.picture(index), augmentation, seed + 1, 0, index)
-        for pair, view in zip(pairs, views):
-            pair.append(view)
-    found = [features.pooled(backbone, pair, data.size) for pair in pairs]
-    return {"accuracy": knn.retrieval(*found), "chance": 1 / count}
+    augmentation = Augmentation(size=data.size)
+    views = [two_views(picture, augmentation, seed + 1, 0, index) for index, picture in spread(source, count)]
+    found = [features.pooled(backbone, (pair[view] for pair in views), data.size) for view in (0, 1)]
+    return {"accuracy": knn.retrieval(*found), "chance": 1 / len(views)}
 
 
 def matching(backbone, source, data, seed, count):
     """Share of query cells matched to within one cell of the truth, on views of twice the training size: the map of a small
     view has too few cells to be wrong by more than one."""
     size = tuple(2 * side for side in data.size)
-    share, chance = correspondence.matched_share(backbone, source, Augmentation(size=size), seed + 1, min(count, len(source)))
+    share, chance = correspondence.matched_share(backbone, source, Augmentation(size=size), seed + 1, count)
     return {"accuracy": share, "chance": chance}
 
 
 TASKS = {"knn": knn_objects, "retrieval": retrieval, "correspondence": matching}
-
-
-def _spread(source, count):
-    return np.linspace(0, len(source) - 1, count).astype(int).tolist()

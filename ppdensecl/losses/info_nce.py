@@ -50,7 +50,7 @@ class _InfoNCE(PyLayer):
         ctx.save_for_backward((weighted / total - positive) / (temperature * query.shape[0]))
         if not watch:
             return loss
-        accuracy = (pos >= hardest).astype(q.dtype).mean()
+        accuracy = (pos > hardest).astype(q.dtype).mean()
         negative = (query @ negatives.mean(axis=0)).mean()
         watched = (accuracy, pos.mean() * temperature, negative)
         ctx.mark_non_differentiable(*watched)

@@ -6,7 +6,7 @@ the backbone map where no grid is set), K the queues' length.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from typing import NamedTuple, Optional
 
 import paddle
 import paddle.nn.functional as F
@@ -23,18 +23,20 @@ MEAN = (0.485, 0.456, 0.406)  # of ImageNet, RGB, on a scale of 0 to 1
 STD = (0.229, 0.224, 0.225)
 
 
-@dataclass
-class DenseCLOutput:
-    """What one forward pass gives. All numbers are 0-d tensors on the device but `loss_lambda`, a float."""
+class DenseCLOutput(NamedTuple):
+    """What one forward pass gives. All numbers are 0-d tensors on the device but `loss_lambda`, a float.
+
+    A tuple, because paddle.DataParallel finds a model's outputs in tensors, tuples, lists and dicts only.
+    """
 
     loss: paddle.Tensor  # (1 − λ) · loss_global + λ · loss_dense
     loss_global: paddle.Tensor
-    loss_dense: paddle.Tensor | None  # None for MoCo-v2
+    loss_dense: Optional[paddle.Tensor]  # None for MoCo-v2
     loss_lambda: float  # λ in force at this step
     keys: paddle.Tensor  # [R·N, D] for the queue
-    keys_dense: paddle.Tensor | None  # [R·N, D] for the dense queue
-    matches: paddle.Tensor | None  # [N, P] int64, the key position of each query position
-    watched: dict = field(default_factory=dict)  # accuracy, mean similarities, matched share; see `DenseCL.forward`
+    keys_dense: Optional[paddle.Tensor]  # [R·N, D] for the dense queue
+    matches: Optional[paddle.Tensor]  # [N, P] int64, the key position of each query position
+    watched: dict  # accuracy, mean similarities, matched share; see `DenseCL.forward`
 
 
 class Encoder(nn.Layer):
@@ -133,12 +135,12 @@ class DenseCL(nn.Layer):
         negatives), `positive` and `negative` (mean cosine similarity), and `matched_share`, the share of query positions
         matched to their own position.
         """
+        shuffle = parallel.Shuffle(len(view_k) * parallel.world_size(), self.bn_groups, self.seed, step)
         q, r, _, feat_q = self._in_groups(self.encoder_q, normalise(view_q))  # [N, D], [N, P, D], –, [N, P, C]
         with paddle.no_grad():
-            shuffle = parallel.Shuffle(len(view_k) * parallel.world_size(), self.bn_groups, self.seed, step)
             outputs = self._in_groups(self.encoder_k, normalise(shuffle.scatter(view_k)))
-            keys, t, keys_dense, feat_k = (None if y is None else shuffle.restore(y) for y in outputs)
-            k = parallel.local(keys)  # [N, D]
+            k, t, pooled_k, feat_k = outputs
+            keys, k = shuffle.restore(k), shuffle.restore_local(k)  # [R·N, D], [N, D]
 
         loss_global, watched = info_nce(q, k, self.queue.keys, self.temperature, watch)
         loss_lambda = self.lambda_at(step)
@@ -146,7 +148,8 @@ class DenseCL(nn.Layer):
             return DenseCLOutput(loss_global, loss_global, None, loss_lambda, keys, None, None, watched)
 
         with paddle.no_grad():
-            t, feat_k = parallel.local(t), parallel.local(feat_k)  # [N, P, D], [N, P, C]
+            keys_dense = shuffle.restore(pooled_k)  # [R·N, D]
+            t, feat_k = shuffle.restore_local(t), shuffle.restore_local(feat_k)  # [N, P, D], [N, P, C]
             if self.matching == "backbone":
                 matches = matching.match(feat_q, feat_k)  # [N, P]
             elif self.matching == "embedding":
@@ -167,7 +170,6 @@ def normalise(x):
     """uint8 [N, H, W, 3] RGB → float [N, 3, H, W], mean 0 and deviation 1 over ImageNet; float input passes unchanged."""
     if x.dtype != paddle.uint8:
         return x
-    dtype = paddle.get_default_dtype()
-    scale = paddle.to_tensor([1.0 / (255.0 * s) for s in STD], dtype=dtype)
-    offset = paddle.to_tensor([-m / s for m, s in zip(MEAN, STD)], dtype=dtype)
-    return (x.astype(dtype) * scale + offset).transpose([0, 3, 1, 2])
+    # Numbers, not tensors: nothing has to be copied to the device.
+    channels = x.astype(paddle.get_default_dtype()).transpose([0, 3, 1, 2]).split(3, axis=1)
+    return paddle.concat([(c - 255.0 * m) * (1.0 / (255.0 * s)) for c, m, s in zip(channels, MEAN, STD)], axis=1)

@@ -15,7 +15,7 @@ def read_log(path):
     Where a run was resumed, lines that were trained again count once. Raises UserError.
     """
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8", errors="replace") as file:
             lines = [match for match in map(_LINE.search, file) if match]
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give the folder of a run") from None
