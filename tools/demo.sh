@@ -26,9 +26,11 @@ if [ -n "${DATA:-}" ]; then
 fi
 "$PYTHON" tools/train.py -c configs/densecl_r18_demo.yaml -o "${overrides[@]}" --overwrite
 echo
-echo "A frozen-feature check, trained beside a random start (160 iterations teach a network little: see docs/first_run.md):"
+echo "A frozen-feature check, trained beside a random start (160 iterations teach a network
+little; docs/first_run.md shows ten times as many):"
 for check in "$task" correspondence; do
-    "$PYTHON" tools/eval.py -c "$out/config.yaml" --checkpoint "$out/latest" --task "$check" --count 120 --out "$out/$check.json"
+    count=400; [ "$check" != correspondence ] || count=120
+    "$PYTHON" tools/eval.py -c "$out/config.yaml" --checkpoint "$out/latest" --task "$check" --count "$count" --out "$out/$check.json"
 done
 "$PYTHON" tools/extract_backbone.py "$out/latest" "$out/backbone.pdparams" >/dev/null
 "$PYTHON" tools/visualize.py "$out" >/dev/null
