@@ -20,7 +20,6 @@ class Purpose(IntEnum):
     SHUFFLE_BN = 4  # at: step
     RANDOM_MATCH = 5  # at: step, rank
     SYNTHETIC = 6  # at: picture index
-    EVALUATION = 7  # at: free
 
 
 def generator(seed: int, purpose: Purpose, *at: int) -> np.random.Generator:

@@ -132,7 +132,7 @@ def _resample_rows(pixels: np.ndarray, target: int) -> np.ndarray:
     return out[:target].reshape(target, -1, 3)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=128)
 def _triangle_bands(source: int, target: int):
     """Weights of the output rows in blocks [B, block, k], and the first of the k input rows that each block sees."""
     step = source / target

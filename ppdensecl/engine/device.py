@@ -4,7 +4,6 @@ import os
 
 import paddle
 
-from ppdensecl import parallel
 from ppdensecl.errors import UserError
 
 
@@ -29,7 +28,7 @@ def threads():
         if not (asked.isascii() and asked.isdigit()) or int(asked) < 1:
             raise UserError(f"PPDENSECL_CPU_THREADS (or OMP_NUM_THREADS) is '{asked}', expected a whole number from 1")
         return int(asked)
-    return max(1, len(os.sched_getaffinity(0)) // parallel.world_size())
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("PADDLE_LOCAL_SIZE", 1)))
 
 
 def _set_threads():
