@@ -182,3 +182,19 @@ def test_sheets(tmp_path):
 
 def test_real_photos_make_a_source(data_folder):
     assert len(FolderSource(data_folder / "photos" / "images")) == 1500
+
+
+def test_importing_the_library_imports_no_extra(run_tool):
+    import pkgutil
+    import subprocess
+    import sys
+
+    import ppdensecl
+
+    modules = [m.name for m in pkgutil.walk_packages(ppdensecl.__path__, "ppdensecl.")]
+    assert "ppdensecl.engine.trainer" in modules
+    code = (f"import importlib, sys\nfor name in {modules}: importlib.import_module(name)\n"
+            "extras = {'paddleseg', 'ppdet', 'sklearn', 'onnx', 'onnxruntime', 'paddle2onnx', 'torch', 'visualdl', 'matplotlib'}\n"
+            "print(sorted(extras & set(sys.modules)))")
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert result.stdout.strip() == "[]", result.stdout + result.stderr
