@@ -46,7 +46,7 @@ def test_eval_scores_trained_and_random(run_folder, run_tool, tmp_path, task):
 @pytest.mark.parametrize("arguments, words", [
     (["--checkpoint", "/none/latest"], "/none/latest.pdparams: cannot be read"),
     (["--checkpoint", "README.md"], "README.md: damaged, or not a .pdparams file"),
-    (["--task", "knn", "-o", "data.source=folder", "data.root=docs"], "data.root"),
+    (["--task", "knn", "-o", "data.source=folder", "data.root=docs/images"], "--task knn needs labels"),
 ])
 def test_eval_refuses_in_one_sentence(run_folder, run_tool, arguments, words):
     common = ["--checkpoint", run_folder / "latest", "--task", "retrieval", "--count", "4"]
