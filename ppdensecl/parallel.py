@@ -54,11 +54,6 @@ def local(x):
     return x[rank() * n:(rank() + 1) * n]
 
 
-def barrier():
-    if world_size() > 1:
-        dist.barrier()
-
-
 class Shuffle:
     """One step's exchange of rows (R·n in all) between the ranks, or between the groups of a batch that are normalised
     apart. The same on all ranks without any message: it is a pure function of seed and step. With one group in one process

@@ -1,8 +1,6 @@
 import json
 import os
 import pickle
-import subprocess
-import sys
 
 import numpy as np
 import paddle

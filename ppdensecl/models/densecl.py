@@ -138,9 +138,9 @@ class DenseCL(nn.Layer):
         shuffle = parallel.Shuffle(len(view_k) * parallel.world_size(), self.bn_groups, self.seed, step)
         q, r, _, feat_q = self._in_groups(self.encoder_q, normalise(view_q))  # [N, D], [N, P, D], –, [N, P, C]
         with paddle.no_grad():
-            outputs = self._in_groups(self.encoder_k, normalise(shuffle.scatter(view_k)))
-            k, t, pooled_k, feat_k = outputs
-            keys, k = shuffle.restore(k), shuffle.restore_local(k)  # [R·N, D], [N, D]
+            k, t, pooled_k, feat_k = self._in_groups(self.encoder_k, normalise(shuffle.scatter(view_k)))
+            keys = shuffle.restore(k)  # [R·N, D]
+            k = parallel.local(keys)  # [N, D]
 
         loss_global, watched = info_nce(q, k, self.queue.keys, self.temperature, watch)
         loss_lambda = self.lambda_at(step)
