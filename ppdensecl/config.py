@@ -29,6 +29,7 @@ Side = Annotated[int, Field(ge=32, le=4096)]
 
 class ModelConfig(Section):
     backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = "resnet50"
+    stages: int = Field(4, ge=1, le=4)  # of the backbone; fewer are for small pictures and quick trials
     num_grid: Optional[int] = Field(None, ge=1)  # S of the dense grid; null for the backbone's own map
     hidden_dim: Optional[int] = Field(None, ge=1)  # of the projection head; null for the backbone's width
     embedding_dim: int = Field(128, ge=1)

@@ -33,6 +33,15 @@ def test_resnet_has_torchvisions_names(depth, entries, width):
     assert ("layer1.0.downsample.0.weight" in names) == (depth >= 50)
 
 
+def test_a_cut_backbone_has_the_first_stages_only():
+    whole, cut = ResNet(18), ResNet(18, stages=2)
+    cut.set_state_dict({name: value for name, value in whole.state_dict().items()})
+    assert cut.feat_channels == [64, 128] and not hasattr(cut, "layer3")
+    x = paddle.randn([2, 3, 64, 64])
+    whole.eval(), cut.eval()
+    assert (cut(x).numpy() == whole.stages(x)[1].numpy()).all() and len(cut.stages(x)) == 2
+
+
 def test_bottleneck_has_its_stride_in_the_3x3_convolution():
     block = ResNet(50).layer2[0]
     assert (block.conv1._stride, block.conv2._stride) == ([1, 1], [2, 2])

@@ -29,7 +29,8 @@ def main():
     device.select(config.device)
     source = build_source(config)
     trained = features.load_backbone(arguments.checkpoint)
-    backbones = {"trained": trained, "random": features.random_backbone(trained.depth, config.seed)}
+    fresh = features.random_backbone(trained.depth, len(trained.feat_channels), config.seed)
+    backbones = {"trained": trained, "random": fresh}
     result = {"task": arguments.task, "checkpoint": arguments.checkpoint, "count": arguments.count, "seed": config.seed}
     for name, backbone in backbones.items():
         scores = TASKS[arguments.task](backbone, source, config.data, config.seed, arguments.count)

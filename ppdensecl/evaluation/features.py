@@ -25,27 +25,30 @@ def load_backbone(path):
     arrays = checkpoint.load_weights(path)
     if any(name.startswith(_PREFIX) for name in arrays):
         arrays = {name[len(_PREFIX):]: value for name, value in arrays.items() if name.startswith(_PREFIX)}
-    backbone = ResNet(_depth(arrays, path))
+    depth, stages = architecture(arrays, path)
+    backbone = ResNet(depth, stages=stages)
     checkpoint.set_weights(backbone, arrays, path)
     backbone.eval()
     return backbone
 
 
-def _depth(arrays, path):
+def architecture(arrays, path):
+    """(depth, number of stages) of the ResNet whose arrays have torchvision's names. Raises UserError."""
     blocks = tuple(len({m.group(1) for m in (re.match(rf"layer{stage}\.(\d+)\.", name) for name in arrays) if m})
                    for stage in (1, 2, 3, 4))
     bottleneck = "layer1.0.conv3.weight" in arrays
+    stages = sum(count > 0 for count in blocks)
     for depth, expected in BLOCKS.items():
-        if blocks == expected and bottleneck == (depth >= 50):
-            return depth
+        if stages and blocks == expected[:stages] + (0,) * (4 - stages) and bottleneck == (depth >= 50):
+            return depth, stages
     raise UserError(f"{path}: holds no ResNet that is known here (18, 34, 50, 101, 152); give a checkpoint of a "
                     "pre-training run or a backbone extracted from one")
 
 
-def random_backbone(depth, seed=0):
+def random_backbone(depth, stages=4, seed=0):
     """The same network as it is before any training, in eval mode."""
     paddle.seed(seed)
-    backbone = ResNet(depth)
+    backbone = ResNet(depth, stages=stages)
     backbone.eval()
     return backbone
 

@@ -42,9 +42,9 @@ class DenseCLOutput(NamedTuple):
 class Encoder(nn.Layer):
     """A backbone and its projection head; all outputs are L2-normalised."""
 
-    def __init__(self, backbone, hidden_dim, embedding_dim, num_grid, dense):
+    def __init__(self, backbone, stages, hidden_dim, embedding_dim, num_grid, dense):
         super().__init__()
-        self.backbone = ResNet(int(backbone.removeprefix("resnet")))
+        self.backbone = ResNet(int(backbone.removeprefix("resnet")), stages=stages)
         width = self.backbone.feat_channels[-1]
         self.head = DenseProjectionHead(width, hidden_dim or width, embedding_dim, num_grid, dense)
 
@@ -84,18 +84,19 @@ class DenseCL(nn.Layer):
         bn_groups: parts of this process's batch that are normalised apart, with the key's pictures shuffled between them: what
             shuffling BN does between processes, for a single one. 1 is the authors' code.
         seed: of shuffling BN and of random matching.
+        stages: of the backbone, 1 to 4.
     """
 
     def __init__(self, backbone="resnet50", hidden_dim=None, embedding_dim=128, num_grid=None, queue_len=65536,
                  momentum=0.999, temperature=0.2, loss_lambda=0.5, lambda_warmup_iters=0, matching="backbone", bn_groups=1,
-                 seed=0):
+                 seed=0, stages=4):
         super().__init__()
         self.momentum, self.temperature = momentum, temperature
         self.loss_lambda, self.lambda_warmup_iters = loss_lambda, lambda_warmup_iters
         self.matching, self.bn_groups, self.seed = matching, bn_groups, seed
         self.dense = loss_lambda > 0
-        self.encoder_q = Encoder(backbone, hidden_dim, embedding_dim, num_grid, self.dense)
-        self.encoder_k = Encoder(backbone, hidden_dim, embedding_dim, num_grid, self.dense)
+        self.encoder_q = Encoder(backbone, stages, hidden_dim, embedding_dim, num_grid, self.dense)
+        self.encoder_k = Encoder(backbone, stages, hidden_dim, embedding_dim, num_grid, self.dense)
         self.queue = NegativeQueue(queue_len, embedding_dim)
         self.queue_dense = NegativeQueue(queue_len, embedding_dim) if self.dense else None
         # Parameters only: a BatchNorm's running statistics are in Paddle's `parameters()` too, but stay each encoder's own.

@@ -68,12 +68,13 @@ class ResNet(nn.Layer):
         output_stride: 32, 16 or 8. Below 32 the last one or two stages trade their stride for dilation by torchvision's
             rule: the convolution that had the stride keeps the dilation of the stage before, all later ones get the new
             one. Every `32 / output_stride`-th position of the result then equals the undilated network's.
+        stages: how many of the four stages there are; fewer are for small pictures and quick trials.
 
-    `feat_channels` are the widths of the four stages; `forward` gives the last map [N, C, H/32, W/32] (float, ReLU
+    `feat_channels` are the widths of the stages; `forward` gives the last map [N, C, H/32, W/32] (float, ReLU
     output, not normalised), `stages` all four.
     """
 
-    def __init__(self, depth=50, output_stride=32):
+    def __init__(self, depth=50, output_stride=32, stages=4):
         super().__init__()
         if depth not in BLOCKS:
             raise ValueError(f"depth must be one of {sorted(BLOCKS)}, got {depth}")
@@ -81,13 +82,14 @@ class ResNet(nn.Layer):
             raise ValueError(f"output_stride must be 8, 16 or 32, got {output_stride}")
         block = BasicBlock if depth < 50 else Bottleneck
         self.depth = depth
-        self.feat_channels = [width * block.expansion for width in (64, 128, 256, 512)]
+        widths = (64, 128, 256, 512)[:stages]
+        self.feat_channels = [width * block.expansion for width in widths]
         self.conv1 = _conv(3, 64, 7, 2)
         self.bn1 = _norm(64)
         self.relu = nn.ReLU()
         self.maxpool = nn.MaxPool2D(3, 2, 1)
         cin, total_stride, dilation = 64, 4, 1
-        for number, (width, blocks) in enumerate(zip((64, 128, 256, 512), BLOCKS[depth]), 1):
+        for number, (width, blocks) in enumerate(zip(widths, BLOCKS[depth]), 1):
             stride, first_dilation = (1 if number == 1 else 2), dilation
             if stride == 2 and total_stride >= output_stride:
                 stride, dilation = 1, dilation * 2
@@ -101,16 +103,23 @@ class ResNet(nn.Layer):
             setattr(self, f"layer{number}", nn.Sequential(*layers))
             cin = cout
 
+    def _stages(self):
+        return [getattr(self, f"layer{number}") for number in range(1, len(self.feat_channels) + 1)]
+
     def _stem(self, x):
         return self.maxpool(self.relu(self.bn1(self.conv1(x))))
 
     def forward(self, x):
         """x [N, 3, H, W] float → the last stage's map [N, C, H/output_stride, W/output_stride]."""
-        return self.layer4(self.layer3(self.layer2(self.layer1(self._stem(x)))))
+        x = self._stem(x)
+        for stage in self._stages():
+            x = stage(x)
+        return x
 
     def stages(self, x):
-        """x [N, 3, H, W] float → the maps of the four stages, at strides 4, 8, 16, 32 (or as dilated)."""
-        maps = [self.layer1(self._stem(x))]
-        for stage in (self.layer2, self.layer3, self.layer4):
-            maps.append(stage(maps[-1]))
+        """x [N, 3, H, W] float → the maps of all stages, at strides 4, 8, 16, 32 (or as dilated)."""
+        x, maps = self._stem(x), []
+        for stage in self._stages():
+            x = stage(x)
+            maps.append(x)
         return maps
