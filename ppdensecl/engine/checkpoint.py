@@ -29,7 +29,7 @@ LATEST = "latest"
 SUFFIXES = (".pdparams", ".pdopt", ".pdstates")
 
 
-def save(folder, name, weights, optimizer, states):
+def save(folder, name, weights, optimizer, states, latest=True):
     """Writes checkpoint `name` in `folder` and makes `latest` the same. weights, optimizer: {name: array}; states: JSON."""
     folder = Path(folder)
     digests = {".pdparams": _write(folder / f"{name}.pdparams", _dump(weights)),
@@ -37,7 +37,7 @@ def save(folder, name, weights, optimizer, states):
     states = {**states, "saved_at": time.time(), "sha256": digests}
     states["checksum"] = _checksum(states)
     _write(folder / f"{name}.pdstates", lambda file: file.write(json.dumps(states, indent=1).encode()))
-    for suffix in SUFFIXES:
+    for suffix in SUFFIXES if latest else ():
         _link(folder / (name + suffix), folder / (LATEST + suffix))
     _sync_folder(folder)
 
@@ -140,6 +140,15 @@ def write_arrays(path, arrays):
 
 def read_arrays(path):
     """Reads {name: array} from a file of ours or of `paddle.save`; refuses anything that is more. Raises UserError."""
+    found = read_nested(path)
+    odd = [name for name, value in found.items() if not isinstance(value, np.ndarray)]
+    if odd:
+        raise UserError(f"{path}: entry '{odd[0]}' is not an array; expected named arrays only")
+    return found
+
+
+def read_nested(path):
+    """Like `read_arrays`, but values may also be dicts of arrays and plain values, or plain: others' whole checkpoints."""
     try:
         with open(path, "rb") as file:
             found = _ArrayUnpickler(file).load()
@@ -151,11 +160,18 @@ def read_arrays(path):
         raise UserError(f"{path}: damaged, or not a .pdparams file; give a checkpoint of this project or of paddle.save") from None
     if not isinstance(found, dict):
         raise UserError(f"{path}: holds a {type(found).__name__}, expected named arrays")
-    found.pop("StructuredToParameterName@@", None)  # paddle.save's own book-keeping
-    odd = [name for name, value in found.items() if not isinstance(value, _Array) or value.value is None]
-    if odd:
-        raise UserError(f"{path}: entry '{odd[0]}' is not an array; expected named arrays only")
-    return {name: value.value for name, value in found.items()}
+    return {key: _arrays(value) if type(value) is dict else _array(value) for key, value in _arrays(found).items()}
+
+
+def _arrays(found):
+    # "Structured…" is paddle.save's own book-keeping.
+    return {key: _array(value) for key, value in found.items() if key != "StructuredToParameterName@@"}
+
+
+def _array(value):
+    if type(value) is tuple and len(value) == 2 and isinstance(value[1], _Array):  # in a nested dict: (its name, the array)
+        value = value[1]
+    return value.value if isinstance(value, _Array) else value
 
 
 class _Refused(Exception):
@@ -186,6 +202,10 @@ class _DType:
         self.code = (state[1] if state[1] in ("<", ">") else "") + self.code
 
 
+def _bytes(text, encoding):
+    return text.encode("latin1") if encoding == "latin1" else None
+
+
 def _plain(dtype):
     dtype = np.dtype(dtype.code if isinstance(dtype, _DType) else str(dtype))
     if dtype.kind not in "fiub":
@@ -194,7 +214,7 @@ def _plain(dtype):
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Knows numpy's arrays, under the names of numpy 1 and 2, and nothing else."""
+    """Knows numpy's arrays, under the names of numpy 1 and 2, plain containers and bytes, and nothing else."""
 
     def find_class(self, module, name):
         if (module, name) == ("numpy", "ndarray"):
@@ -205,6 +225,10 @@ class _ArrayUnpickler(pickle.Unpickler):
             return lambda *_: _Array()
         if (module, name) == ("collections", "OrderedDict"):
             return dict
+        if module in ("builtins", "__builtin__") and name == "tuple":
+            return tuple
+        if (module, name) == ("_codecs", "encode"):  # bytes, up to pickle protocol 2
+            return _bytes
         raise _Refused(f"{module}.{name}")
 
 

@@ -134,6 +134,9 @@ class Trainer:
         else:
             path, states = resume, checkpoint.verify(resume)
         saved = build_config(states["config"], name=f"{path}.pdstates")
+        if None in (saved.model.hidden_dim, self.config.model.hidden_dim):  # the backbone's width: the weights' shapes decide
+            same = saved.model.model_copy(update={"hidden_dim": self.config.model.hidden_dim})
+            saved = saved.model_copy(update={"model": same})
         for section in ("model", "seed"):
             if getattr(saved, section) != getattr(self.config, section):
                 raise UserError(f"{path} was trained with another '{section}' ({_difference(saved, self.config, section)}); "
@@ -142,10 +145,11 @@ class Trainer:
         self.optimizer.set_state_dict(self._optimizer_names(checkpoint.load_optimizer(path), to_paddle=True))
         if self.scaler and states["scaler"]:
             self.scaler.load_state_dict(states["scaler"])
-        if states["pictures"] != self.loader.source.fingerprint():
+        # A converted checkpoint knows neither the pictures nor, at times, how many iterations an epoch had: then None.
+        if states["pictures"] not in (None, self.loader.source.fingerprint()):
             LOGGER.warning("the pictures are not those that the run had before; it goes on, but not as if never stopped")
         self.iteration = states["iteration"]
-        if states["iters_per_epoch"] != self.iters_per_epoch:  # another batch size, or another amount of data
+        if states["iters_per_epoch"] not in (None, self.iters_per_epoch):  # another batch size, or another amount of data
             self.iteration = round(states["iteration"] / states["iters_per_epoch"] * self.iters_per_epoch)
             LOGGER.warning(f"an epoch has {self.iters_per_epoch} iterations now, {states['iters_per_epoch']} before: "
                            f"going on at the same part of the run, iteration {self.iteration}")
