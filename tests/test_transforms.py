@@ -1,10 +1,10 @@
 """The augmentation against Pillow (what is computed), against an independent reading of torchvision (how it is drawn),
 and the two views with their geometry. The numbers in the asserts are bounds; `pytest -s` prints what was measured."""
 
-import colorsys
 import math
 import os
 import random
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -12,12 +12,16 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageFilter
+from conftest import ROOT
 from scipy import stats
 from scipy.ndimage import gaussian_filter
 
 from ppdensecl.data import transforms as T
 from ppdensecl.data.transforms import Augmentation, ViewParams
 from ppdensecl.data.views import draw_views, grid_correspondence, two_views
+
+sys.path.insert(0, str(ROOT / "tools" / "align"))
+from pillow_views import exact_hue, pillow_hue, pillow_view  # noqa: E402
 
 FACTORS = (0.6, 0.83, 1.0, 1.17, 1.4)
 
@@ -116,18 +120,6 @@ def test_saturation_and_grayscale(pictures):
     assert largest <= 1 and mean < 0.005
 
 
-def pillow_hue(image, turns):
-    hue, saturation, value = image.convert("HSV").split()
-    hue = np.asarray(hue) + np.array(int(turns * 255) % 256, np.uint8)  # wraps
-    return Image.merge("HSV", (Image.fromarray(hue), saturation, value)).convert("RGB")
-
-
-def exact_hue(picture, turns):
-    pixels = (colorsys.rgb_to_hsv(*pixel) for pixel in picture.reshape(-1, 3) / 255)
-    pixels = [colorsys.hsv_to_rgb((h + turns) % 1, s, v) for h, s, v in pixels]
-    return 255 * np.array(pixels).reshape(picture.shape)
-
-
 def test_hue_is_exact_and_pillow_is_within_its_own_quantisation(pictures):
     """Pillow cuts the hue off to n/255, and the shift too: up to 2/255 of a turn short, with 6 · 255 levels per turn at
     full chroma 12 levels; and the saturation to n/255: one level, rounding another. So 14 is Pillow's own tolerance."""
@@ -174,20 +166,6 @@ def test_tiny_blur_is_the_identity(sigma):
 
 
 # --- the whole view ---------------------------------------------------------------------------------------------------
-
-
-def pillow_view(picture, p, size):
-    """The pipeline of the paper on a Pillow image, from the same params."""
-    image = Image.fromarray(picture).crop((p.left, p.top, p.left + p.width, p.top + p.height))
-    image = image.resize(size[::-1], Image.BILINEAR)
-    enhance = dict(brightness=ImageEnhance.Brightness, contrast=ImageEnhance.Contrast, saturation=ImageEnhance.Color)
-    for part, factor in p.jitter or ():
-        image = pillow_hue(image, factor) if part == "hue" else enhance[part](image).enhance(factor)
-    if p.gray:
-        image = image.convert("L").convert("RGB")
-    if p.sigma is not None:
-        image = image.filter(ImageFilter.GaussianBlur(p.sigma))
-    return np.asarray(image.transpose(Image.FLIP_LEFT_RIGHT) if p.flip else image)
 
 
 @pytest.mark.parametrize("size", [(224, 224), (96, 160)])
