@@ -134,7 +134,8 @@ def write_table(folder, found, header):
     lines = ["| check | array | dtype | largest difference | mean | rms | tolerance | noise | |",
              "|---|---|---|---|---|---|---|---|---|"]
     lines += [f"| {r.check} | {r.name} | {r.dtype} | {r.largest:.1e} | {r.mean:.1e} | {r.rms:.1e} | "
-              f"{r.tolerance:.1e} | {'' if np.isnan(r.noise) else f'{r.noise:.1e}'} | {'ok' if r.passed else '**FAILED**'} {r.why} |" for r in found]
+              f"{r.tolerance:.1e} | {'' if np.isnan(r.noise) else f'{r.noise:.1e}'} | "
+              f"{'ok' if r.passed else '**FAILED**'} {r.why} |" for r in found]
     (folder / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     summary = summarise(found)
     (folder / "summary.md").write_text(summary, encoding="utf-8")
@@ -151,8 +152,8 @@ def summarise(found):
         worst = max(members, key=_used)
         name = worst.name.partition("/")[2].replace("encoder_", "")
         failed = sum(not r.passed for r in members)
-        lines.append(f"| {check} | {group} | {len(members)} | {dtype} | {name} | {worst.largest:.1e} | {worst.mean:.1e} | {worst.rms:.1e} | "
-                     f"{worst.tolerance:.1e} | {f'**{failed} FAILED**' if failed else 'ok'} |")
+        lines.append(f"| {check} | {group} | {len(members)} | {dtype} | {name} | {worst.largest:.1e} | {worst.mean:.1e} | "
+                     f"{worst.rms:.1e} | {worst.tolerance:.1e} | {f'**{failed} FAILED**' if failed else 'ok'} |")
     return "\n".join(lines) + "\n"
 
 

@@ -136,7 +136,8 @@ def _draw(losses, path):
             floor = noise[f"loss/{name}"].ravel()
             column[0].plot(b, color=colour, lw=5, alpha=0.35, label=f"{name}, PyTorch")
             column[0].plot(a, color=colour, lw=1.2, label=f"{name}, ppdensecl")
-            column[1].semilogy(_gaps(np.abs(a - b)), color=colour, lw=1.2, marker=".", label=f"|difference| of {name} (none where no dot)")
+            column[1].semilogy(_gaps(np.abs(a - b)), color=colour, lw=1.2, marker=".",
+                               label=f"|difference| of {name} (none where no dot)")
             column[1].semilogy(_gaps(floor), color=colour, ls=":", label="rounding noise of PyTorch itself")
         column[0].set_title(title)
         column[1].set_xlabel("step")

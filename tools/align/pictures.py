@@ -38,7 +38,8 @@ def rows(pictures):
         for fmt in ("JPEG", "PNG"):
             file = io.BytesIO()
             image.save(file, fmt)
-            add(f"decode {fmt}", decode(file.getvalue(), "picture"), np.asarray(Image.open(file).convert("RGB")), 0, "the same bits")
+            add(f"decode {fmt}", decode(file.getvalue(), "picture"), np.asarray(Image.open(file).convert("RGB")), 0,
+                "the same bits")
         small = transforms.resize(picture, (224, 224))
         add("resize to 224", small, image.resize((224, 224), Image.BILINEAR), 2,
             "columns, then rows: sums that are halves may round either way")

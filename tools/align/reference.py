@@ -90,7 +90,8 @@ class Head(nn.Module):
 
 
 class DenseCL(nn.Module):
-    def __init__(self, depth, hidden, dim, queue_len, num_grid, loss_lambda, lambda_warmup_iters, matching, momentum, temperature):
+    def __init__(self, depth, hidden, dim, queue_len, num_grid, loss_lambda, lambda_warmup_iters, matching, momentum,
+                 temperature):
         super().__init__()
         width = 2048 if depth >= 50 else 512
         self.encoder_q = nn.Sequential(ResNet(depth), Head(width, hidden, dim, num_grid))
@@ -110,7 +111,8 @@ class DenseCL(nn.Module):
         raw = dict(zip(("global", "dense", "dense_pooled"), encoder[1](maps[-1])))
         raw["features"] = encoder[1].to_grid(maps[-1]).flatten(2)
         unit = {name: self.unit(value) for name, value in raw.items()}
-        return {"view": x, **{f"stage{i}": m for i, m in enumerate(maps, 1)}, **{f"{name}_raw": raw[name] for name in raw}, **unit}
+        return {"view": x, **{f"stage{i}": m for i, m in enumerate(maps, 1)},
+                **{f"{name}_raw": raw[name] for name in raw}, **unit}
 
     def forward(self, view_q, view_k, step, permutation):
         """Everything of one step but the optimizer: a dict of tensors with `loss`; `permutation` is of the global batch."""

@@ -64,7 +64,8 @@ def initialisation(depth=50, seed=0):
         found.append(compare.row("start", f"initialisation/{name}", "float32", [_distance(a, b)], [0.0], bound,
                                  why=f"distance of distributions; deviation {a.std():.4g} and {b.std():.4g}"))
     copies = [np.abs(ours[name] - ours[name.replace("encoder_q", "encoder_k")]).max() for name in ours if "encoder_q" in name]
-    found.append(compare.row("start", "initialisation/key encoder minus query encoder", "float32", copies, np.zeros(len(copies)), 0))
+    found.append(compare.row("start", "initialisation/key encoder minus query encoder", "float32", copies,
+                             np.zeros(len(copies)), 0))
     return found
 
 

@@ -248,4 +248,5 @@ def eval_features(case, run):
     model.load_state_dict({name: torch.tensor(value) for name, value in layouts.to_torch(arrays).items()}, strict=False)
     model.eval()
     with torch.no_grad():
-        return model.encoder_q[0](reference.normalise(torch.tensor(case.views()[0][:, 0]), torch.float64))[-1].mean((2, 3)).numpy()
+        views = reference.normalise(torch.tensor(case.views()[0][:, 0]), torch.float64)
+        return model.encoder_q[0](views)[-1].mean((2, 3)).numpy()
