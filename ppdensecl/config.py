@@ -40,6 +40,7 @@ class ModelConfig(Section):
     lambda_warmup_iters: int = Field(0, ge=0)  # steps in which the dense loss weighs nothing
     matching: Literal["backbone", "embedding", "random"] = "backbone"
     bn_groups: int = Field(1, ge=1)  # of a batch, normalised apart: shuffling BN within one process
+    sync_bn: bool = False  # BatchNorm over the batches of all processes (GPUs only); does not replace shuffling BN
 
 
 class DataConfig(Section):
@@ -73,6 +74,7 @@ class OptimConfig(Section):
     max_iters: Optional[int] = Field(None, ge=1)  # ends the run earlier; the schedule stays that of `epochs`
     accumulate: int = Field(1, ge=1)  # batches per optimizer step
     amp: Literal["off", "float16", "bfloat16"] = "off"
+    recompute: bool = False  # the query's backbone runs again in the backward pass: less memory, the same numbers
     clip_norm: Optional[float] = Field(None, gt=0)
 
 
@@ -103,10 +105,14 @@ class Config(Section):
 
 def load_config(path, overrides=()) -> Config:
     """Reads `path` (YAML) with its bases, applies `overrides` ("a.b=c") and validates. Raises UserError."""
-    values, origins = _read(Path(path), ())
-    for override in overrides:
-        _override(values, origins, override)
-    config = build_config(values, origins, str(path))
+    try:
+        values, origins = _read(Path(path), ())
+        for override in overrides:
+            _override(values, origins, override)
+        config = build_config(values, origins, str(path))
+    except UserError as error:  # which shows what it found, and that may be anything
+        text = "".join(c if c.isprintable() else "?" for c in str(error))
+        raise UserError(text if len(text) <= 2000 else f"{text[:1000]} … {text[-1000:]}") from None
     if config.output_dir is None:
         config = config.model_copy(update={"output_dir": f"output/{Path(path).stem}"})
     return config
@@ -143,6 +149,8 @@ for _tag, _pattern, _first in (
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
 
 
+_MOST_VALUES = 10_000  # of a config file; a few lines of anchors can repeat each other 2^60 times
+
 # What PyYAML's constructors raise for tags and values that do not fit.
 _UNREADABLE = (yaml.YAMLError, ValueError, KeyError, AttributeError, TypeError, RecursionError)
 
@@ -163,7 +171,10 @@ def _parse(text, name):
     """YAML text → (root node, loader). Raises UserError."""
     try:
         loader = _Loader(text)
-        return loader.get_single_node(), loader
+        node = loader.get_single_node()
+        if _size(node, {}) > _MOST_VALUES:
+            raise UserError(f"{name}: an anchor contains itself or is repeated without measure; write the values out")
+        return node, loader
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{name}:{mark.line + 1}" if mark else name
@@ -171,13 +182,27 @@ def _parse(text, name):
                         "expected `key: value` lines") from None
 
 
+def _size(node, sizes):
+    """How many values a node has, those behind an anchor counted each time; infinite where one contains itself."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in sizes:
+        sizes[id(node)] = float("inf")
+        parts = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
+        sizes[id(node)] = 1 + sum(_size(part, sizes) for part in parts)
+    return sizes[id(node)]
+
+
 def _read(path, parents):
     """A file with its bases → (nested dict, {dotted key: where}). Raises UserError."""
-    if path.resolve() in parents:
-        raise UserError(f"{path}: `_base_` leads back to this file; a config cannot inherit from itself")
     try:
+        resolved = path.resolve()
+        if resolved in parents:
+            raise UserError(f"{path}: `_base_` leads back to this file; a config cannot inherit from itself")
+        if path.exists() and not path.is_file():  # a pipe or a device may have no end
+            raise UserError(f"{path}: not a file; give the path of a YAML file")
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: links that lead back to themselves
         reason = getattr(error, "strerror", None) or "not a UTF-8 text file"
         raise UserError(f"{path}: cannot read the config ({reason}); give the path of a YAML file") from None
     node, loader = _parse(text, path)
@@ -186,16 +211,13 @@ def _read(path, parents):
     if not isinstance(node, yaml.MappingNode):
         raise UserError(f"{path}: not a config; expected `key: value` lines")
     values, origins = {}, {}
-    try:
-        _collect(node, loader, str(path), "", values, origins)
-    except RecursionError:
-        raise UserError(f"{path}: an anchor contains itself; write the values out") from None
+    _collect(node, loader, str(path), "", values, origins)
     base = values.pop("_base_", None)
     if base is None:
         return values, origins
     if not isinstance(base, str):
         raise UserError(f"{origins['_base_']}: `_base_` must be the path of one YAML file, got {base!r}")
-    merged, merged_origins = _read(path.parent / base, (*parents, path.resolve()))
+    merged, merged_origins = _read(path.parent / base, (*parents, resolved))
     _merge(merged, values)
     return merged, {**merged_origins, **origins}
 

@@ -4,10 +4,16 @@ Shuffling BN (He et al., "Momentum Contrast", section 3.3): the key encoder sees
 processes, so that a key's BatchNorm statistics do not give away its query.
 """
 
+import hashlib
+
+import numpy as np
 import paddle
 import paddle.distributed as dist
 
 from ppdensecl import rng
+from ppdensecl.errors import UserError
+
+WIDE = 2**15  # numbers in a row
 
 
 def start():
@@ -41,11 +47,58 @@ def wrap(model, optimizer):
 
 def gather(x):
     """The rows of all ranks in rank order: [n, …] → [R·n, …]. No gradient."""
+    return _begin_gather(x)()
+
+
+def _begin_gather(x):
+    """Begins to gather; what it returns waits for the end and gives the rows of all ranks."""
     if world_size() == 1:
-        return x
-    parts = []
-    dist.all_gather(parts, x)
-    return paddle.concat(parts, axis=0)
+        return lambda: x
+    x = x.contiguous()
+    rows = paddle.empty([world_size() * x.shape[0], *x.shape[1:]], dtype=x.dtype)
+    # Into one tensor: dist.all_gather makes a list, whose concatenation is one more copy of everything.
+    task = dist.stream.all_gather(rows, x, sync_op=False)
+
+    def end(sent=x):  # which has to live until it has arrived
+        task.wait()
+        return rows
+    return end
+
+
+def agree(facts, error=None):
+    """Called by all ranks before a run: raises UserError on all of them where one could not start (`error`, its own) or was
+    started with other `facts`, {what: text}, than rank 0. Nobody is left waiting for a rank that will never come."""
+    if error:
+        _exchange([str(error), ""])
+        raise error
+    names = "\n".join(facts)
+    for r, (message, theirs) in enumerate(answers := _exchange(["", names])):
+        if message:
+            raise UserError(f"rank {r} cannot start: {message}")
+        if theirs != answers[0][1]:
+            raise UserError(f"rank {r} runs another version of ppdensecl than rank 0; install the same on all machines")
+    answers = _exchange(facts.values())
+    for r, texts in enumerate(answers):
+        for what, here, there in zip(facts, answers[0], texts):
+            if here != there:
+                raise UserError(f"rank {r} has another {what} than rank 0, {there} instead of {here}; "
+                                "start all ranks with the same")
+
+
+def _exchange(texts, width=1024):
+    """The texts of all ranks, [[str] of each rank]; what is longer than `width` bytes is represented by its digest."""
+    rows = np.zeros((1, len(texts), width), np.uint8)
+    for row, text in zip(rows[0], texts):
+        data = text.encode()
+        data = data if len(data) <= width else data[:width - 70] + b"... " + hashlib.sha256(data).hexdigest().encode()
+        row[:len(data)] = np.frombuffer(data, np.uint8)
+    return [[bytes(row).rstrip(b"\0").decode("utf-8", "replace") for row in rank]
+            for rank in gather(paddle.to_tensor(rows)).numpy()]
+
+
+def mean(numbers):
+    """The mean over all ranks of each of some numbers: [float] → [float]."""
+    return gather(paddle.to_tensor([numbers], dtype="float64")).numpy().mean(axis=0).tolist()
 
 
 def local(x):
@@ -69,13 +122,28 @@ class Shuffle:
                 paddle.to_tensor, (local(permutation), inverse, local(inverse)))
 
     def scatter(self, x):
-        """This rank's share of the shuffled batch: [n, …] → [n, …], where row i of rank r is row permutation[r·n + i]."""
-        return x if self.mine is None else paddle.gather(gather(x), self.mine)
+        """Begins the exchange of a batch x [n, …]; what it returns ends it and gives this rank's share of the shuffled batch,
+        [n, …], whose row i on rank r is row permutation[r·n + i]. In between there is time for other work."""
+        end = _begin_gather(x)
+        return end if self.mine is None else lambda: paddle.gather(end(), self.mine)
 
-    def restore(self, x):
-        """All ranks' results for a scattered batch in the order before the shuffle: [n, …] → [R·n, …]."""
-        return x if self.mine is None else paddle.gather(gather(x), self.inverse)
-
-    def restore_local(self, x):
-        """This rank's rows of `restore(x)`: [n, …] → [n, …]."""
-        return x if self.mine is None else paddle.gather(gather(x), self.inverse_mine)
+    def restore(self, everyones, mine=()):
+        """Results for a scattered batch in the order before the shuffle: the tensors `everyones`, [n, …] → [R·n, …], and
+        `mine`, [n, …] → [n, …], this rank's rows alone. What is narrow travels in one message; a map that is wide on its own,
+        because copying it there and back costs more than a message."""
+        tensors = (*everyones, *mine)
+        if self.mine is None:
+            return tensors
+        rows = [x.reshape([len(x), -1]) for x in tensors]
+        narrow = [i for i, x in enumerate(rows) if x.shape[1] < WIDE]
+        messages = [narrow, *([i] for i in range(len(rows)) if i not in narrow)]
+        gathered = [(message, _begin_gather(paddle.concat([rows[i] for i in message], axis=1) if len(message) > 1
+                                            else rows[message[0]])) for message in messages if message]
+        found = [None] * len(rows)
+        for message, end in gathered:
+            parts = end()
+            parts = parts.split([rows[i].shape[1] for i in message], axis=1) if len(message) > 1 else [parts]
+            for i, part in zip(message, parts):
+                index = self.inverse if i < len(everyones) else self.inverse_mine
+                found[i] = paddle.gather(part, index).reshape([-1, *tensors[i].shape[1:]])
+        return tuple(found)

@@ -234,19 +234,15 @@ def _seen(result, tolerance=TOLERANCE):
 
 # --- two processes ---
 
-def _not_restored(name, only):
-    """Shuffle.name gives what only(x, how many calls before) holds for in the shuffled order."""
+def _not_restored(*which):
+    """Of what `Shuffle.restore` gives (keys, keys of the dense queue, dense keys, feature map) these stay shuffled."""
     def fault(patch):
-        calls = []
-
         def make(restore):
-            def shuffled(self, x):
-                calls.append(x)
-                if not only(x, len(calls) - 1):
-                    return restore(self, x)
-                return x if name == "restore_local" else parallel.gather(x)
+            def shuffled(self, everyones, mine=()):
+                kept = [*map(parallel.gather, everyones), *mine]
+                return tuple(kept[i] if i in which else x for i, x in enumerate(restore(self, everyones, mine)))
             return shuffled
-        _replace(patch, parallel.Shuffle, name, make)
+        _replace(patch, parallel.Shuffle, "restore", make)
     return fault
 
 
@@ -270,11 +266,11 @@ def gradients_of_each_process(patch):
 
 
 IN_TWO_PROCESSES = {
-    "global keys not unshuffled": _not_restored("restore", lambda x, calls: calls % 2 == 0),
-    "keys of the dense queue not unshuffled": _not_restored("restore", lambda x, calls: calls % 2 == 1),
-    "dense keys not unshuffled": _not_restored("restore_local", lambda x, _: x.shape[-1] == 128),
-    "key's feature map not unshuffled": _not_restored("restore_local", lambda x, _: x.shape[-1] == 512),
-    "neither dense keys nor feature map unshuffled": _not_restored("restore_local", lambda x, _: True),
+    "global keys not unshuffled": _not_restored(0),
+    "keys of the dense queue not unshuffled": _not_restored(1),
+    "dense keys not unshuffled": _not_restored(2),
+    "key's feature map not unshuffled": _not_restored(3),
+    "neither dense keys nor feature map unshuffled": _not_restored(2, 3),
     "not shuffled": not_shuffled,
     "only local keys in the queues": only_local_keys,
     "gradients not averaged": gradients_of_each_process,

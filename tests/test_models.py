@@ -255,3 +255,16 @@ def test_uint8_input_is_normalised_on_the_device():
     x = np.random.default_rng(0).integers(0, 256, (2, 5, 4, 3), dtype=np.uint8)
     expected = (x / 255.0 - np.array(densecl.MEAN)) / np.array(densecl.STD)
     assert np.abs(normalise(paddle.to_tensor(x)).numpy() - expected.transpose(0, 3, 1, 2)).max() < 1e-5
+
+
+def test_sync_bn_changes_the_kind_of_batchnorm_and_nothing_else():
+    models = []
+    for sync_bn in (False, True):
+        paddle.seed(0)
+        models.append(DenseCL("resnet18", queue_len=8, stages=1, sync_bn=sync_bn))
+    plain, sync = models
+    assert list(plain.state_dict()) == list(sync.state_dict())
+    assert all((a.numpy() == b.numpy()).all() for a, b in zip(plain.state_dict().values(), sync.state_dict().values()))
+    assert len(plain._pairs) == len(sync._pairs) and all(k.stop_gradient and not q.stop_gradient for q, k in sync._pairs)
+    norms = [layer for layer in sync.sublayers() if "BatchNorm" in type(layer).__name__]
+    assert len(norms) == 10 and all(isinstance(layer, paddle.nn.SyncBatchNorm) for layer in norms)

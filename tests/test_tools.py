@@ -45,7 +45,7 @@ def test_eval_scores_trained_and_random(run_folder, run_tool, tmp_path, task):
 
 @pytest.mark.parametrize("arguments, words", [
     (["--checkpoint", "/none/latest"], "/none/latest.pdparams: cannot be read"),
-    (["--checkpoint", "README.md"], "README.md: damaged, or not a .pdparams file"),
+    (["--checkpoint", "README.md"], "README.md: not a PyTorch, Paddle or safetensors checkpoint"),
     (["--task", "knn", "-o", "data.source=folder", "data.root=docs/images"], "--task knn needs labels"),
 ])
 def test_eval_refuses_in_one_sentence(run_folder, run_tool, arguments, words):

@@ -198,6 +198,7 @@ PHOTOS = ["-c", "configs/densecl_r18_photos.yaml", "-o"]
     ([*TINY, "optim.learning_rate=1"], "unknown key 'optim.learning_rate'"),
     ([*TINY, "device=gpu"], "'device' is 'gpu', but"),
     ([*TINY, "optim.amp=float16", "device=cpu"], "'optim.amp' is 'float16', but"),
+    ([*TINY, "model.sync_bn=true", "device=cpu"], "SyncBatchNorm has no CPU kernel"),
     ([*TINY, "data.batch_size=21"], "'data.batch_size' asks for 21"),
     ([*TINY, "optim.accumulate=6"], "'optim.accumulate' is 6"),
     ([*TINY, "output_dir=/proc/x"], "'output_dir' /proc/x cannot be written"),
@@ -208,7 +209,6 @@ PHOTOS = ["-c", "configs/densecl_r18_photos.yaml", "-o"]
     ([*PHOTOS, "data.source=archive", "data.root=README.md"], "README.md"),
     ([*PHOTOS, "data.source=lmdb", "data.root=configs"], "configs"),
     ([*PHOTOS, "data.source=coco", "data.root=configs", "data.annotation=/none.json"], "/none.json"),
-    ([*TINY, "--resume"], "there is no checkpoint to resume from"),
     ([*TINY, "--resume", "/none/latest"], "/none/latest.pdstates: no such file"),
 ])
 def test_bad_input_is_one_sentence_and_status_1(run_tool, tmp_path, arguments, words):

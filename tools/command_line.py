@@ -1,8 +1,10 @@
 """What all tools share: the environment that Paddle needs before its import, -c/-o, and errors as one sentence."""
 
 import argparse
+import logging
 import os
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -51,6 +53,7 @@ def read_config(arguments):
 def run(main):
     """Runs main(); a UserError is printed (and logged) as one sentence, and the exit status is 1."""
     _prepare_environment()
+    logging.raiseExceptions = False  # a log line that a full disk refuses is lost, without a traceback for each
     try:
         main()
     except UserError as error:
@@ -59,7 +62,9 @@ def run(main):
         if LOGGER.handlers:
             LOGGER.error(error)
         else:
-            print(f"error: {error}", file=sys.stderr)
+            rank = os.environ.get("PADDLE_TRAINER_ID", "0")
+            print(f"error: {error}" if rank == "0" else f"error of rank {rank}: {error}", file=sys.stderr, flush=True)
+        time.sleep(getattr(error, "linger", 0))
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted; go on with --resume", file=sys.stderr)

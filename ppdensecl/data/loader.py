@@ -7,12 +7,14 @@ worker could keep. Views are a pure function of (seed, epoch, sample, view), so 
 
 from __future__ import annotations
 
+import logging
 import mmap
 import multiprocessing
 import multiprocessing.connection
 import signal
 import traceback
 from collections import deque
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -23,6 +25,8 @@ from ppdensecl.errors import UserError
 from ppdensecl.rng import Purpose, generator
 
 AHEAD = 2  # batches under way per worker
+PATIENCE = 60  # seconds of waiting for one batch between two warnings
+LOGGER = logging.getLogger("ppdensecl")
 
 
 class PairLoader:
@@ -170,7 +174,11 @@ class _Worker:
 
     def take(self):
         """(views, bad) of the earliest batch that was asked for and not taken yet."""
-        multiprocessing.connection.wait([self.connection, self.process.sentinel])
+        waited = 0
+        while not multiprocessing.connection.wait([self.connection, self.process.sentinel], PATIENCE):
+            waited += PATIENCE
+            LOGGER.warning(f"data worker {self.number} (process {self.process.pid}) has made no batch for {waited} s "
+                           f"({_state(self.process.pid)}); the run waits for it")
         try:
             if not self.connection.poll():
                 raise EOFError
@@ -196,6 +204,16 @@ class _Worker:
         if self.process.is_alive():
             self.process.kill()
             self.process.join()
+
+
+def _state(pid):
+    """What Linux says a process does."""
+    try:
+        letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "in an unknown state"
+    return {"T": "stopped; `kill -CONT` lets it go on", "t": "stopped by a debugger", "D": "waiting for the disk or the network",
+            "R": "computing"}.get(letter, "sleeping")
 
 
 def _work(loader, slots, connection, inherited):

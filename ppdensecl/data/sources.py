@@ -18,6 +18,7 @@ import hashlib
 import heapq
 import json
 import os
+import stat
 import struct
 import tarfile
 import zipfile
@@ -29,6 +30,7 @@ from ppdensecl.data.picture import UndecodableError, decode
 from ppdensecl.data.synthetic import SyntheticSource
 from ppdensecl.errors import UserError
 
+MAX_BYTES = 2**31  # of an encoded picture: twelve for each pixel that `decode` accepts
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 SUFFIXES += (".ppm", ".pgm", ".pbm", ".pnm", ".jp2")
 _SUFFIX_BYTES = tuple(suffix.encode() for suffix in SUFFIXES)
@@ -135,7 +137,11 @@ class _Files(Source):
         return os.path.join(self._root, self.names[i])
 
     def _read(self, i):
-        with open(self._path(i), "rb") as file:
+        with open(self._path(i), "rb", opener=_open_at_once) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError("not a regular file")
+            _check_bytes(status.st_size)
             return file.read()
 
     def _check_root(self, key, path):
@@ -146,6 +152,15 @@ class _Files(Source):
                 f"{key}: none of the first {len(first)} pictures of {path} exists, for example {self.name(0)}; "
                 f"data.root should be the folder that their names are relative to"
             )
+
+
+def _open_at_once(path, flags):
+    return os.open(path, flags | os.O_NONBLOCK)  # or opening a named pipe would wait for who writes into it
+
+
+def _check_bytes(size):
+    if size > MAX_BYTES:
+        raise OSError(f"{size / 1e9:.1f} GB are more than any picture has")
 
 
 class FolderSource(_Files):
@@ -338,6 +353,7 @@ class ArchiveSource(Source):
 
     def _read(self, i):
         offset, stored, *packed = self._index[i].tolist()
+        _check_bytes(max(stored, *packed[:1]) if packed else stored)
         # Opened for each picture: an open file's position would be shared with other processes.
         with open(self._archive, "rb") as file:
             file.seek(offset)

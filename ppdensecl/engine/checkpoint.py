@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import time
 from pathlib import Path
@@ -24,6 +25,8 @@ import numpy as np
 import paddle
 
 from ppdensecl.errors import UserError
+from ppdensecl.interop.safetensors_file import show
+from ppdensecl.interop.torch_file import read_pickle
 
 LATEST = "latest"
 SUFFIXES = (".pdparams", ".pdopt", ".pdstates")
@@ -34,7 +37,10 @@ def save(folder, name, weights, optimizer, states, latest=True):
     folder = Path(folder)
     digests = {".pdparams": _write(folder / f"{name}.pdparams", _dump(weights)),
                ".pdopt": _write(folder / f"{name}.pdopt", _dump(optimizer))}
-    states = {**states, "saved_at": time.time(), "sha256": digests}
+    # Later than all others even if the clock was set back: the newest is found, and kept, by this.
+    others = [_saved_at(path) for path in folder.glob("*.pdstates")]
+    saved_at = max([time.time(), *(after + 1e-3 for after in others if after != _UNREADABLE)])
+    states = {**states, "saved_at": saved_at, "sha256": digests}
     states["checksum"] = _checksum(states)
     _write(folder / f"{name}.pdstates", lambda file: file.write(json.dumps(states, indent=1).encode()))
     for suffix in SUFFIXES if latest else ():
@@ -65,10 +71,14 @@ def remove_all(folder):
 
 
 def remove_unfinished(folder):
-    """Deletes what interrupted writes left."""
-    for suffix in SUFFIXES:
+    """Deletes what interrupted writes and deletions left."""
+    for suffix in (*SUFFIXES, ".yaml"):
         for path in Path(folder).glob(f".*{suffix}.tmp*"):
             path.unlink()
+    for suffix in SUFFIXES:
+        for path in Path(folder).glob(f"*{suffix}"):
+            if re.fullmatch(r"(iter|epoch)_\d+", path.stem) and not path.with_suffix(".pdstates").exists():
+                path.unlink()
 
 
 def newest(folder):
@@ -83,7 +93,7 @@ def newest(folder):
         except UserError as error:
             notes.append(str(error))
     if notes:
-        raise UserError(f"{folder}: no checkpoint here is whole ({'; '.join(notes)}); start again without --resume")
+        raise UserError(f"{folder}: no checkpoint here is whole ({'; '.join(notes)}); start again with --overwrite")
     raise UserError(f"{folder}: there is no checkpoint to resume from; start without --resume")
 
 
@@ -92,10 +102,10 @@ def verify(path):
     stem = _stem(path)
     states_file = Path(f"{stem}.pdstates")
     try:
-        states = json.loads(states_file.read_text())
-        if states["checksum"] != _checksum(states):
-            raise ValueError
+        states = _read_states(states_file)
         digests = states["sha256"]
+        if not isinstance(digests, dict) or not set(digests) <= set(SUFFIXES):
+            raise ValueError
     except FileNotFoundError:
         raise UserError(f"{states_file}: no such file; give a checkpoint as its path without suffix") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -132,6 +142,11 @@ def load_optimizer(path):
     return read_arrays(f"{_stem(path)}.pdopt")
 
 
+def write_text(path, text):
+    """Writes a text file, or leaves the old one. Raises UserError."""
+    _write(Path(path), lambda file: file.write(text.encode()))
+
+
 def write_arrays(path, arrays):
     """Writes {name: array} as a file that `paddle.load` reads."""
     _write(Path(path), _dump(arrays))
@@ -141,23 +156,16 @@ def write_arrays(path, arrays):
 def read_arrays(path):
     """Reads {name: array} from a file of ours or of `paddle.save`; refuses anything that is more. Raises UserError."""
     found = read_nested(path)
-    odd = [name for name, value in found.items() if not isinstance(value, np.ndarray)]
+    odd = [name for name, value in found.items() if not (
+        isinstance(name, str) and name.isprintable() and isinstance(value, np.ndarray) and value.dtype.kind in "fiub")]
     if odd:
-        raise UserError(f"{path}: entry '{odd[0]}' is not an array; expected named arrays only")
+        raise UserError(f"{path}: entry '{show(odd[0])}' is not an array of numbers; expected named arrays only")
     return found
 
 
 def read_nested(path):
     """Like `read_arrays`, but values may also be dicts of arrays and plain values, or plain: others' whole checkpoints."""
-    try:
-        with open(path, "rb") as file:
-            found = _ArrayUnpickler(file).load()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give a checkpoint as its path without suffix") from None
-    except _Refused as error:
-        raise UserError(f"{path}: asks for {error}, which is neither an array nor a plain container; refused") from None
-    except Exception:  # a damaged pickle can raise anything
-        raise UserError(f"{path}: damaged, or not a .pdparams file; give a checkpoint of this project or of paddle.save") from None
+    found = read_pickle(path)
     if not isinstance(found, dict):
         raise UserError(f"{path}: holds a {type(found).__name__}, expected named arrays")
     return {key: _arrays(value) if type(value) is dict else _array(value) for key, value in _arrays(found).items()}
@@ -169,67 +177,9 @@ def _arrays(found):
 
 
 def _array(value):
-    if type(value) is tuple and len(value) == 2 and isinstance(value[1], _Array):  # in a nested dict: (its name, the array)
-        value = value[1]
-    return value.value if isinstance(value, _Array) else value
-
-
-class _Refused(Exception):
-    pass
-
-
-class _Array:
-    """Stands in for numpy.ndarray: built from (shape, dtype, buffer) as we write it, or by numpy's own pickle state."""
-
-    value = None
-
-    def __init__(self, shape=None, dtype=None, buffer=None):
-        if buffer is not None:
-            self.value = np.frombuffer(buffer, _plain(dtype)).reshape(shape)
-
-    def __setstate__(self, state):
-        _, shape, dtype, fortran, buffer = state
-        self.value = np.frombuffer(buffer, _plain(dtype)).reshape(shape, order="F" if fortran else "C")
-
-
-class _DType:
-    """Stands in for numpy.dtype."""
-
-    def __init__(self, code, *_):
-        self.code = code
-
-    def __setstate__(self, state):
-        self.code = (state[1] if state[1] in ("<", ">") else "") + self.code
-
-
-def _bytes(text, encoding):
-    return text.encode("latin1") if encoding == "latin1" else None
-
-
-def _plain(dtype):
-    dtype = np.dtype(dtype.code if isinstance(dtype, _DType) else str(dtype))
-    if dtype.kind not in "fiub":
-        raise _Refused(f"an array of type {dtype}")
-    return dtype
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Knows numpy's arrays, under the names of numpy 1 and 2, plain containers and bytes, and nothing else."""
-
-    def find_class(self, module, name):
-        if (module, name) == ("numpy", "ndarray"):
-            return _Array
-        if (module, name) == ("numpy", "dtype"):
-            return _DType
-        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
-            return lambda *_: _Array()
-        if (module, name) == ("collections", "OrderedDict"):
-            return dict
-        if module in ("builtins", "__builtin__") and name == "tuple":
-            return tuple
-        if (module, name) == ("_codecs", "encode"):  # bytes, up to pickle protocol 2
-            return _bytes
-        raise _Refused(f"{module}.{name}")
+    if type(value) is tuple and len(value) == 2 and isinstance(value[1], np.ndarray):  # in a nested dict: (its name, the array)
+        return value[1]
+    return value
 
 
 def _dump(arrays):
@@ -300,9 +250,16 @@ def _sync_folder(folder):
 _UNREADABLE = float("inf")
 
 
+def _read_states(states_file):
+    states = json.loads(states_file.read_text())
+    if states["checksum"] != _checksum(states):
+        raise ValueError
+    return states
+
+
 def _saved_at(states_file):
     try:
-        return float(json.loads(states_file.read_text())["saved_at"])
+        return float(_read_states(states_file)["saved_at"])
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return _UNREADABLE
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fcntl
+import hashlib
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from ppdensecl.data.transforms import Augmentation
 from ppdensecl.engine import checkpoint, device
 from ppdensecl.engine.logging import LOGGER, Meter, Scalars, format_line, start_logging
 from ppdensecl.engine.optimisation import build_optimizer, learning_rate
+from ppdensecl.engine.stopping import StopRequest, unsignalled
 from ppdensecl.errors import UserError
 from ppdensecl.models import DenseCL
 from ppdensecl.visual.views import pair_sheet
@@ -38,26 +42,62 @@ def build_source(config: Config):
                        synthetic_count=d.synthetic_count)
 
 
+def _code():
+    """A digest of this library's sources: the same version number can be two states of a clone."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(ppdensecl.__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return f"{ppdensecl.__version__} ({digest.hexdigest()[:12]})"
+
+
 class Trainer:
     """One run, in the folder config.output_dir.
 
     Args:
         config: the whole run.
-        resume: None, "auto" (the newest whole checkpoint of the folder) or a checkpoint's path.
+        resume: None, "auto" (the newest whole checkpoint of the folder; from the beginning where it has none yet) or a
+            checkpoint's path.
         overwrite: delete the checkpoints of an earlier run in the folder instead of refusing.
     """
 
     def __init__(self, config: Config, resume=None, overwrite=False):
         self.config = config
         self.folder = Path(config.output_dir)
+        self.loader, self.resumed, error = None, "nothing", None
         where = device.select(config.device)
         parallel.start()
+        try:
+            try:
+                self._prepare(where, resume, overwrite)
+            except UserError as caught:
+                error = caught
+            parallel.agree(None if error else self._facts(), error)
+            self._keep_config(overwrite)
+            self.wrapped, self.stepper = parallel.wrap(self.model, self.optimizer)
+        except BaseException:
+            if self.loader:
+                self.loader.close()
+            raise
+        LOGGER.info(f"{len(self.loader.source)} pictures ({config.data.source}), {self.iters_per_epoch} iterations an epoch, "
+                    f"{self.iterations} in all, {self._batch()} pictures in each")
+        if config.model.loss_lambda == 1 and not config.model.lambda_warmup_iters:
+            LOGGER.warning("model.loss_lambda is 1 without model.lambda_warmup_iters: the matches of an untrained backbone "
+                           "are poor, and nothing else is learned; expect it to diverge or to stay random")
+
+    def _prepare(self, where, resume, overwrite):
+        """All that this process may find wrong on its own."""
+        config = self.config
         self._open_folder(resume, overwrite)
         LOGGER.info(f"ppdensecl {ppdensecl.__version__}, paddlepaddle {paddle.__version__}, device {where}, "
                     f"{parallel.world_size()} process(es), {device.threads()} CPU thread(s) each")
         if config.optim.amp != "off" and where == "cpu":
             raise UserError(f"'optim.amp' is '{config.optim.amp}', but Paddle's autocast does nothing on the CPU; use off")
 
+        if config.model.sync_bn and where == "cpu":
+            raise UserError("'model.sync_bn' is true, but Paddle's SyncBatchNorm has no CPU kernel; use false")
+        if config.model.sync_bn and config.model.bn_groups > 1:
+            raise UserError("'model.sync_bn' is true and 'model.bn_groups' more than 1: the one joins batches for their "
+                            "statistics, the other parts them; use one of the two")
         if config.data.batch_size % config.model.bn_groups:
             raise UserError(f"'model.bn_groups' is {config.model.bn_groups}, which does not divide data.batch_size "
                             f"{config.data.batch_size}; use a divisor of it")
@@ -69,26 +109,30 @@ class Trainer:
                             "use a smaller one")
         self.iterations = min(config.optim.epochs * self.iters_per_epoch, config.optim.max_iters or sys.maxsize)
         self.model = build_model(config)
+        self.model.encoder_q.backbone.recompute = config.optim.recompute
         self.optimizer = build_optimizer(config.optim, self.model)
         self.scaler = paddle.amp.GradScaler(init_loss_scaling=2.0**14) if config.optim.amp == "float16" else None
         # Last of what can fail: it starts the worker processes.
-        self.loader = PairLoader(
-            source, Augmentation(size=config.data.size), config.data.batch_size, config.seed, config.data.workers,
-            parallel.rank(), parallel.world_size(), config.data.max_bad_fraction, self._warn_of_bad_picture)
+        with unsignalled():
+            self.loader = PairLoader(
+                source, Augmentation(size=config.data.size), config.data.batch_size, config.seed, config.data.workers,
+                parallel.rank(), parallel.world_size(), config.data.max_bad_fraction, self._warn_of_bad_picture)
+        # Before Python's own way to end child processes, which is SIGTERM.
+        atexit.register(self.loader.close)
         self.iteration = 0  # optimizer steps done
-        try:
-            if resume:
-                self._resume(resume)
-            self._keep_config(overwrite)
-            self.wrapped, self.stepper = parallel.wrap(self.model, self.optimizer)
-        except BaseException:
-            self.loader.close()
-            raise
-        LOGGER.info(f"{len(source)} pictures ({config.data.source}), {self.iters_per_epoch} iterations an epoch, "
-                    f"{self.iterations} in all, {self._batch()} pictures in each")
-        if config.model.loss_lambda == 1 and not config.model.lambda_warmup_iters:
-            LOGGER.warning("model.loss_lambda is 1 without model.lambda_warmup_iters: the matches of an untrained backbone "
-                           "are poor, and nothing else is learned; expect it to diverge or to stay random")
+        if resume:
+            self._resume(resume)
+
+    def _facts(self):
+        """What has to be the same on all ranks, {what: as text}. Paths, workers and logs may differ between machines."""
+        shared = {"seed": self.config.seed, **{
+            f"{section}.{key}": value for section in ("model", "optim", "data")
+            for key, value in getattr(self.config, section).model_dump().items()
+            if f"{section}.{key}" not in ("data.root", "data.list_file", "data.annotation", "data.workers")}}
+        return {"version of ppdensecl": _code(), "version of paddlepaddle": paddle.__version__,
+                **{f"'{key}'": str(value) for key, value in shared.items()},
+                "number of pictures": str(len(self.loader.source)), "set of pictures": self.loader.source.fingerprint(),
+                "checkpoint to resume from": self.resumed}
 
     def _open_folder(self, resume, overwrite):
         if not parallel.is_main():
@@ -96,7 +140,8 @@ class Trainer:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.folder / ".lock", "w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Not flock: the data workers inherit that one, and one of them outlives a killed run until its batch is made.
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             start_logging(self.folder)
         except BlockingIOError:
             raise UserError(f"another run is writing to {self.folder}; wait for it, or give another -o output_dir=…") from None
@@ -117,17 +162,17 @@ class Trainer:
             for log in (self.folder / "vdl").glob("vdlrecords.*"):
                 log.unlink()
             os.truncate(self.folder / "train.log", 0)
-        try:
-            (self.folder / "config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{self.folder / 'config.yaml'} cannot be written ({error.strerror}); "
-                            "give another -o output_dir=…") from None
+        checkpoint.write_text(self.folder / "config.yaml", self.config.to_yaml())
 
     def _warn_of_bad_picture(self, name, reason, count):
         LOGGER.warning(f"cannot decode {name} ({reason}); another picture stands in for it ({count} so far)")
 
     def _resume(self, resume):
         if resume == "auto":
+            if not checkpoint.exists(self.folder):
+                # The same command restarts a run whenever it ended, be it before its first checkpoint.
+                LOGGER.warning(f"--resume: {self.folder} holds no checkpoint yet; starting from the beginning")
+                return
             path, states, notes = checkpoint.newest(self.folder)
             for note in notes:
                 LOGGER.warning(note)
@@ -148,7 +193,10 @@ class Trainer:
         # A converted checkpoint knows neither the pictures nor, at times, how many iterations an epoch had: then None.
         if states["pictures"] not in (None, self.loader.source.fingerprint()):
             LOGGER.warning("the pictures are not those that the run had before; it goes on, but not as if never stopped")
-        self.iteration = states["iteration"]
+        self.iteration, self.resumed = states["iteration"], f"iteration {states['iteration']}, {states['checksum']}"
+        if states["world_size"] not in (None, parallel.world_size()):
+            LOGGER.warning(f"the run had {states['world_size']} process(es), now it has {parallel.world_size()}: BatchNorm's "
+                           f"statistics are those of {self.config.data.batch_size} pictures each, and shuffled between others")
         if states["iters_per_epoch"] not in (None, self.iters_per_epoch):  # another batch size, or another amount of data
             self.iteration = round(states["iteration"] / states["iters_per_epoch"] * self.iters_per_epoch)
             LOGGER.warning(f"an epoch has {self.iters_per_epoch} iterations now, {states['iters_per_epoch']} before: "
@@ -177,7 +225,14 @@ class Trainer:
         return self.loader.global_batch * self.config.optim.accumulate
 
     def fit(self):
-        """Trains to the end. Raises UserError where the run cannot go on; the last good checkpoint stays."""
+        """Trains to the end, or until SIGTERM or SIGINT comes: then writes a checkpoint and returns the signal's number, else 0.
+
+        Raises UserError where the run cannot go on; the last good checkpoint stays.
+        """
+        with StopRequest() as request:
+            return self._fit(request)
+
+    def _fit(self, request):
         config, accumulate = self.config, self.config.optim.accumulate
         main = parallel.is_main()
         scalars = Scalars(self.folder / "vdl" if config.log.visualdl and main else None)
@@ -208,13 +263,27 @@ class Trainer:
                 if watch:
                     self._log(scalars, losses, outputs[-1], lr, meter)
                     losses = _Sums()
-                self._save_if_due(losses)
+                saved = self._save_if_due(losses)
+                asked = request.agreed() if self.iteration < self.iterations else 0
+                if asked:
+                    self._stop(asked, saved, losses)
+                    return asked
+            return 0
         finally:
             bar.close()
             scalars.close()
             self.loader.close()
+            atexit.unregister(self.loader.close)
             if main:
                 self._lock.close()
+
+    def _stop(self, asked, saved, losses):
+        if not saved:
+            self.save(f"iter_{self.iteration}", losses)
+        # A rank that ended while rank 0 still writes would make the launcher end rank 0.
+        parallel.gather(paddle.zeros([1])).numpy()
+        LOGGER.warning(f"stopped by {signal.Signals(asked).name} after iteration {self.iteration} of {self.iterations}, with a "
+                       "checkpoint; go on with --resume")
 
     def _batch_numbers(self):
         """The loader's batches from where the run stands; what fills no whole iteration of an epoch is left out."""
@@ -245,6 +314,7 @@ class Trainer:
     def _log(self, scalars, losses, output, lr, meter):
         values = {**losses.means(), "lambda": output.loss_lambda,
                   **{name: float(value) for name, value in output.watched.items()}}
+        values = dict(zip(values, parallel.mean(list(values.values()))))
         if not np.isfinite(values["loss"]):
             self._not_finite()
         times = meter.line(self._batch(), self.iterations - self.iteration)
@@ -255,6 +325,7 @@ class Trainer:
                      "time/ips": times["avg_ips"]}, self.iteration)
 
     def _save_if_due(self, losses):
+        """Whether it was."""
         save = self.config.save
         epoch, rest = divmod(self.iteration, self.iters_per_epoch)
         end = self.iteration == self.iterations
@@ -262,6 +333,9 @@ class Trainer:
             self.save(f"epoch_{epoch}", losses)
         elif end or (save.interval_iters and self.iteration % save.interval_iters == 0):
             self.save(f"iter_{self.iteration}", losses)
+        else:
+            return False
+        return True
 
     def save(self, name, losses=None):
         """Writes checkpoint `name` (rank 0 only), unless a loss since the last log line was not finite."""
@@ -275,11 +349,15 @@ class Trainer:
         states = {"epoch": self.iteration // self.iters_per_epoch, "iteration": self.iteration,
                   "iters_per_epoch": self.iters_per_epoch, "global_batch": self._batch(),
                   "world_size": parallel.world_size(), "pictures": self.loader.source.fingerprint(),
-                  "scaler": self.scaler.state_dict() if self.scaler else None, "config": self.config.model_dump(),
+                  "scaler": self._scaler_state(), "config": self.config.model_dump(),
                   "versions": {"ppdensecl": ppdensecl.__version__, "paddle": paddle.__version__}}
         checkpoint.save(self.folder, name, weights, self._optimizer_names(self.optimizer.state_dict(), False), states)
         checkpoint.prune(self.folder, self.config.save.keep_last)
         LOGGER.info(f"saved {self.folder / name}")
+
+    def _scaler_state(self):
+        """What JSON can hold of the loss scaler; its `scale` is an array."""
+        return self.scaler and {key: np.asarray(value).tolist() for key, value in self.scaler.state_dict().items()}
 
     def _not_finite(self):
         kept = "no checkpoint was written yet"

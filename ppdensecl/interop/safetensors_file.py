@@ -45,7 +45,7 @@ def opened(path):
         with open(path, "rb") as file:
             yield file, os.fstat(file.fileno()).st_size
     except _BROKEN as error:
-        raise UserError(f"{path}: not a PyTorch or safetensors checkpoint, or cut short or damaged "
+        raise UserError(f"{path}: not a PyTorch, Paddle or safetensors checkpoint, or cut short or damaged "
                         f"({type(error).__name__}: {show(str(error))})") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or show(str(error))})") from error

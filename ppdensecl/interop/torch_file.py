@@ -50,6 +50,14 @@ def read(path):
         return value
 
 
+def read_pickle(path):
+    """What a bare pickle holds, such as .pdparams files are, under the same rules. Raises UserError."""
+    with opened(path) as (file, size):
+        value = Unpickler(_Bounded(file, size), path, size).load()
+        _check_plain(path, value)
+        return value
+
+
 def _check_plain(path, value, sizes=None, above=None):
     """The number of things in `value`. Refuses what would trip whoever walks through it or prints it: containers within
     themselves, nested without measure or the same ones again and again, and storages outside of tensors.

@@ -1,4 +1,4 @@
-"""The pickles inside PyTorch checkpoints: read without running anything that they ask for, written without PyTorch.
+"""The pickles that PyTorch and Paddle make: read without running anything that they ask for, PyTorch's written as well.
 
 A pickle is a program: it names functions and calls them. The interpreter here knows a short list of names, each of
 which stands for a function of this file. Nothing is imported or looked up by name, so that a pickle can make tensors,
@@ -228,7 +228,7 @@ class Unpickler(pickle._Unpickler):
 
     def _numpy_dtype(self, code, align=False, copy=True):
         if type(code) is not str or code not in _NUMPY_CODES:
-            raise self._refuse(f"holds a numpy array or scalar of dtype {show(code)}, which is not a plain number")
+            raise self._refuse(f"asks for a numpy array or scalar of dtype {show(code)}, which is not a plain number")
         return np.dtype("<" + code)
 
     def _numpy_scalar(self, dtype, data):
@@ -236,6 +236,14 @@ class Unpickler(pickle._Unpickler):
         if not isinstance(dtype, np.dtype) or len(data) != dtype.itemsize:
             raise self._refuse(f"makes a numpy scalar of {len(data)} bytes and the dtype {show(dtype)}")
         return np.frombuffer(data, dtype)[0]
+
+    def _ndarray(self, shape, code, data):
+        """`numpy.ndarray(shape, dtype, buffer)`, as this project writes arrays."""
+        self._check_integers(shape)
+        dtype, data = self._numpy_dtype(show(code).lstrip("<|")), self._bytes(data)
+        if math.prod(shape) * dtype.itemsize != len(data):
+            raise self._refuse(f"fills a numpy array of shape {show(shape)} with {len(data)} bytes")
+        return np.ndarray(tuple(shape), dtype, data)
 
     def _numpy_array(self, kind, shape, code):
         array = np.empty(0, np.int8)
@@ -305,10 +313,11 @@ _CALLS = {
     "builtins.bytes": lambda self: b"",  # how Python 3 pickles an empty one
     "_codecs.encode": Unpickler._encode,
     "numpy.dtype": Unpickler._numpy_dtype,
+    "numpy.ndarray": Unpickler._ndarray,
     "numpy.core.multiarray.scalar": Unpickler._numpy_scalar,
     "numpy.core.multiarray._reconstruct": Unpickler._numpy_array,
 }
-_TYPES = {*_STORAGES, *_DTYPES, "torch.storage.TypedStorage", "numpy.ndarray"}
+_TYPES = {*_STORAGES, *_DTYPES, "torch.storage.TypedStorage"}
 
 
 def pickled(path, value, arrays):

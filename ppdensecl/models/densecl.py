@@ -85,11 +85,13 @@ class DenseCL(nn.Layer):
             shuffling BN does between processes, for a single one. 1 is the authors' code.
         seed: of shuffling BN and of random matching.
         stages: of the backbone, 1 to 4.
+        sync_bn: BatchNorm over the pictures of all processes, on GPUs. It does not replace shuffling BN, which goes on: with
+            statistics of the whole batch a query and its key still share them.
     """
 
     def __init__(self, backbone="resnet50", hidden_dim=None, embedding_dim=128, num_grid=None, queue_len=65536,
                  momentum=0.999, temperature=0.2, loss_lambda=0.5, lambda_warmup_iters=0, matching="backbone", bn_groups=1,
-                 seed=0, stages=4):
+                 seed=0, stages=4, sync_bn=False):
         super().__init__()
         self.momentum, self.temperature = momentum, temperature
         self.loss_lambda, self.lambda_warmup_iters = loss_lambda, lambda_warmup_iters
@@ -97,6 +99,8 @@ class DenseCL(nn.Layer):
         self.dense = loss_lambda > 0
         self.encoder_q = Encoder(backbone, stages, hidden_dim, embedding_dim, num_grid, self.dense)
         self.encoder_k = Encoder(backbone, stages, hidden_dim, embedding_dim, num_grid, self.dense)
+        if sync_bn:
+            self.encoder_q, self.encoder_k = map(nn.SyncBatchNorm.convert_sync_batchnorm, (self.encoder_q, self.encoder_k))
         self.queue = NegativeQueue(queue_len, embedding_dim)
         self.queue_dense = NegativeQueue(queue_len, embedding_dim) if self.dense else None
         # Parameters only: a BatchNorm's running statistics are in Paddle's `parameters()` too, but stay each encoder's own.
@@ -137,10 +141,14 @@ class DenseCL(nn.Layer):
         matched to their own position.
         """
         shuffle = parallel.Shuffle(len(view_k) * parallel.world_size(), self.bn_groups, self.seed, step)
+        shuffled = shuffle.scatter(view_k)  # travels while the query is encoded
         q, r, _, feat_q = self._in_groups(self.encoder_q, normalise(view_q))  # [N, D], [N, P, D], –, [N, P, C]
         with paddle.no_grad():
-            k, t, pooled_k, feat_k = self._in_groups(self.encoder_k, normalise(shuffle.scatter(view_k)))
-            keys = shuffle.restore(k)  # [R·N, D]
+            k, t, pooled_k, feat_k = self._in_groups(self.encoder_k, normalise(shuffled()))
+            if self.dense:  # [R·N, D], [R·N, D], [N, P, D], [N, P, C]
+                keys, keys_dense, t, feat_k = shuffle.restore((k, pooled_k), (t, feat_k))
+            else:
+                (keys,) = shuffle.restore((k,))
             k = parallel.local(keys)  # [N, D]
 
         loss_global, watched = info_nce(q, k, self.queue.keys, self.temperature, watch)
@@ -149,8 +157,6 @@ class DenseCL(nn.Layer):
             return DenseCLOutput(loss_global, loss_global, None, loss_lambda, keys, None, None, watched)
 
         with paddle.no_grad():
-            keys_dense = shuffle.restore(pooled_k)  # [R·N, D]
-            t, feat_k = shuffle.restore_local(t), shuffle.restore_local(feat_k)  # [N, P, D], [N, P, C]
             if self.matching == "backbone":
                 matches = matching.match(feat_q, feat_k)  # [N, P]
             elif self.matching == "embedding":

@@ -10,7 +10,8 @@ def match(query, key):
 
     query, key: [N, P, C] float, normalised over C. Returns [N, P] int64; of equal maxima the first.
     """
-    return paddle.argmax(paddle.matmul(query, key, transpose_y=True), axis=2)
+    with paddle.amp.auto_cast(enable=False):  # in half precision many similarities are equal, and the first would win
+        return paddle.argmax(paddle.matmul(query, key, transpose_y=True), axis=2)
 
 
 def random_match(batch, query_positions, key_positions, seed, step):

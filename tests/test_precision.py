@@ -1,0 +1,128 @@
+"""Mixed precision. No CPU can run its half precision: Paddle's autocast, and its loss scaler, do nothing there. What is run
+here is the rest: a loss scaler that takes the CPU for a GPU, and which parts of a step autocast is kept from."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import paddle
+import pytest
+from paddle.amp import grad_scaler
+from paddle.amp.auto_cast import amp_state
+
+from ppdensecl.config import load_config
+from ppdensecl.engine import checkpoint, device
+from ppdensecl.engine.trainer import Trainer, build_model
+from ppdensecl.models import DenseCL
+from ppdensecl.models.densecl import normalised_rows
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ["data.synthetic_count=20", "data.image_size=32", "data.batch_size=4", "data.workers=0", "model.queue_len=30",
+        "model.hidden_dim=16", "model.embedding_dim=8", "model.stages=1", "log.interval=1", "log.visualdl=false",
+        "optim.epochs=2", "optim.accumulate=2", "save.keep_last=null"]
+pytestmark = pytest.mark.filterwarnings("ignore:amp_guard can only be enabled")
+
+
+@pytest.fixture
+def as_if_on_a_gpu(monkeypatch):
+    place = SimpleNamespace(is_gpu_place=lambda: True, is_xpu_place=lambda: False, is_custom_place=lambda: False)
+    monkeypatch.setattr(grad_scaler, "_dygraph_tracer", lambda: SimpleNamespace(_expected_place=place))
+
+    def select(name):
+        paddle.set_device("cpu")
+        return "gpu:0"
+
+    monkeypatch.setattr(device, "select", select)
+
+
+def _config(folder, *overrides):
+    return load_config(ROOT / "configs/densecl_r18_demo.yaml", [*TINY, f"output_dir={folder}", *overrides])
+
+
+def _fit(folder, *overrides, resume=None, scale=None):
+    trainer = Trainer(_config(folder, *overrides), resume)
+    if scale:
+        trainer.scaler.set_init_loss_scaling(scale)
+    trainer.fit()
+    return trainer, checkpoint.load_weights(folder / "latest")
+
+
+def _same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype and (a[name] == b[name]).all(), name
+
+
+@pytest.mark.parametrize("clip_norm", ["null", "0.5"])
+def test_a_scaled_run_is_the_plain_one(as_if_on_a_gpu, tmp_path, clip_norm):
+    """The scale is a power of two: unless gradients are unscaled exactly once, after the last of the accumulated passes and
+    before they are clipped, some bit differs."""
+    clip = f"optim.clip_norm={clip_norm}"
+    _, plain = _fit(tmp_path / "plain", clip)
+    trainer, scaled = _fit(tmp_path / "scaled", clip, "optim.amp=float16")
+    assert trainer.scaler.is_enable() and float(trainer.scaler.state_dict()["scale"][0]) == 2**14
+    _same(scaled, plain)
+
+
+def test_a_step_that_overflows_is_skipped_and_everything_else_goes_on(as_if_on_a_gpu, tmp_path):
+    trainer, found = _fit(tmp_path, "optim.amp=float16", "optim.max_iters=1", scale=2.0**127)
+    fresh = build_model(trainer.config)
+    momentum, before = trainer.config.model.momentum, {name: p.numpy() for name, p in fresh.state_dict().items()}
+    for (name, p), k in zip(fresh.encoder_q.named_parameters(), fresh.encoder_k.parameters()):
+        if not p.stop_gradient:
+            assert (found[f"encoder_q.{name}"] == before[f"encoder_q.{name}"]).all()
+            assert (found[f"encoder_k.{name}"] == (k * momentum + p * (1.0 - momentum)).numpy()).all()
+    assert not any(np.any(value) for value in checkpoint.load_optimizer(tmp_path / "latest").values())
+    assert int(found["queue.pointer"]) == int(found["queue_dense.pointer"]) == 8
+    assert all(np.isfinite(value).all() for value in found.values())
+    assert float(trainer.scaler.state_dict()["scale"][0]) == 2.0**126
+
+
+def test_the_loss_scale_is_saved_and_resumed(as_if_on_a_gpu, tmp_path):
+    options = ["optim.amp=float16", "optim.max_iters=2"]
+    _fit(tmp_path, *options, "optim.max_iters=1", scale=2.0**127)
+    saved = json.loads((tmp_path / "latest.pdstates").read_text())["scaler"]
+    assert saved["scale"] == [2.0**126]
+    resumed, found = _fit(tmp_path, *options, resume="auto")
+    whole, expected = _fit(tmp_path / "whole", *options, scale=2.0**127)
+    _same(found, expected)
+    for key, value in whole.scaler.state_dict().items():
+        assert resumed.scaler.state_dict()[key] == value, key
+
+
+@pytest.mark.parametrize("matching, products", [("backbone", 1), ("embedding", 1), ("random", 0)])
+def test_losses_and_matches_are_computed_outside_autocast(monkeypatch, matching, products):
+    """Similarities rounded to half precision would have equal maxima, and a sum over a queue would overflow."""
+    paddle.seed(0)
+    model = DenseCL("resnet18", 16, 8, queue_len=30, stages=1, matching=matching)
+    seen, matmul = [], paddle.matmul
+
+    def watched(*arguments, **options):
+        seen.append(amp_state()["enable"])
+        return matmul(*arguments, **options)
+
+    monkeypatch.setattr(paddle, "matmul", watched)
+    pair = [paddle.zeros([2, 32, 32, 3], "uint8")] * 2
+    with paddle.amp.auto_cast(dtype="float16"):
+        output = model(*pair)
+    assert seen == [False] * (2 + 2 + products)  # two in each loss
+    assert {output.loss.dtype, output.keys.dtype, output.keys_dense.dtype, model.queue.keys.dtype} == {paddle.float32}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_embeddings_are_normalised_in_float32_whatever_they_came_as(dtype):
+    x = np.random.default_rng(0).standard_normal((4, 32)).astype("float32") * 100
+    short = paddle.to_tensor(x).astype(dtype)
+    rows = normalised_rows(short)
+    assert rows.dtype == paddle.float32
+    wide = short.astype("float32").numpy()
+    assert np.abs(rows.numpy() - wide / np.linalg.norm(wide, axis=1, keepdims=True)).max() < 1e-6
+
+
+def test_all_of_a_mixed_run_is_kept_in_float32(as_if_on_a_gpu, tmp_path):
+    """1 − m is below half precision's resolution: a key encoder kept in it would never move."""
+    trainer, found = _fit(tmp_path, "optim.amp=bfloat16", "optim.max_iters=1")
+    assert trainer.scaler is None  # bfloat16 has float32's range
+    assert {value.dtype for value in found.values()} == {np.dtype("float32"), np.dtype("int64")}
+    assert {value.dtype for value in checkpoint.load_optimizer(tmp_path / "latest").values()} == {np.dtype("float32")}
