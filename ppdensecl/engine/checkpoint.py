@@ -113,7 +113,7 @@ def verify(path):
     for suffix, digest in digests.items():
         file = Path(f"{stem}{suffix}")
         try:
-            found = _digest(file)
+            found = sha256_of(file)
         except OSError as error:
             raise UserError(f"{file}: cannot be read ({error.strerror}); use an older checkpoint") from None
         if found != digest:
@@ -275,7 +275,8 @@ def _checksum(states):
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def _digest(path):
+def sha256_of(path):
+    """The sha256 of a file, in hex."""
     sha256 = hashlib.sha256()
     with open(path, "rb") as file:
         for piece in iter(lambda: file.read(1 << 20), b""):

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 LOGGER = logging.getLogger("ppdensecl")
@@ -40,6 +41,27 @@ def close_logging():
     for handler in list(LOGGER.handlers):
         LOGGER.removeHandler(handler)
         handler.close()
+
+
+class LossSums:
+    """Sums of losses on the device, read only when a line is logged: no iteration waits for the device."""
+
+    def __init__(self):
+        self.sums, self.count = {}, 0
+
+    def add(self, output):
+        self.count += 1
+        for name in ("loss", "loss_global", "loss_dense"):
+            value = getattr(output, name)
+            if value is not None:
+                value = value.detach()
+                self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def means(self):
+        return {name: float(value) / self.count for name, value in self.sums.items()}
+
+    def finite(self):
+        return all(np.isfinite(float(value)) for value in self.sums.values())
 
 
 class Meter:

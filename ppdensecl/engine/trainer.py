@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import fcntl
 import hashlib
-import os
 import signal
 import sys
 from pathlib import Path
@@ -21,8 +19,8 @@ from ppdensecl.config import Config, build_config
 from ppdensecl.data.loader import PairLoader
 from ppdensecl.data.sources import open_source
 from ppdensecl.data.transforms import Augmentation
-from ppdensecl.engine import checkpoint, device
-from ppdensecl.engine.logging import LOGGER, Meter, Scalars, format_line, start_logging
+from ppdensecl.engine import checkpoint, device, run_folder
+from ppdensecl.engine.logging import LOGGER, LossSums, Meter, Scalars, format_line
 from ppdensecl.engine.optimisation import build_optimizer, learning_rate
 from ppdensecl.engine.stopping import StopRequest, unsignalled
 from ppdensecl.errors import UserError
@@ -72,7 +70,8 @@ class Trainer:
             except UserError as caught:
                 error = caught
             parallel.agree(None if error else self._facts(), error)
-            self._keep_config(overwrite)
+            if parallel.is_main():  # once nothing can be refused any more
+                run_folder.begin(self.folder, self.config, overwrite)
             self.wrapped, self.stepper = parallel.wrap(self.model, self.optimizer)
         except BaseException:
             if self.loader:
@@ -87,7 +86,8 @@ class Trainer:
     def _prepare(self, where, resume, overwrite):
         """All that this process may find wrong on its own."""
         config = self.config
-        self._open_folder(resume, overwrite)
+        if parallel.is_main():
+            self.lock = run_folder.take(self.folder, resume, overwrite)
         LOGGER.info(f"ppdensecl {ppdensecl.__version__}, paddlepaddle {paddle.__version__}, device {where}, "
                     f"{parallel.world_size()} process(es), {device.threads()} CPU thread(s) each")
         if config.optim.amp != "off" and where == "cpu":
@@ -133,36 +133,6 @@ class Trainer:
                 **{f"'{key}'": str(value) for key, value in shared.items()},
                 "number of pictures": str(len(self.loader.source)), "set of pictures": self.loader.source.fingerprint(),
                 "checkpoint to resume from": self.resumed}
-
-    def _open_folder(self, resume, overwrite):
-        if not parallel.is_main():
-            return
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.folder / ".lock", "w")
-            # Not flock: the data workers inherit that one, and one of them outlives a killed run until its batch is made.
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            start_logging(self.folder)
-        except BlockingIOError:
-            raise UserError(f"another run is writing to {self.folder}; wait for it, or give another -o output_dir=…") from None
-        except OSError as error:
-            raise UserError(f"'output_dir' {self.folder} cannot be written ({error.strerror}); "
-                            "give another one with -o output_dir=…") from None
-        checkpoint.remove_unfinished(self.folder)
-        if checkpoint.exists(self.folder) and not resume and not overwrite:
-            raise UserError(f"{self.folder} holds the checkpoints of an earlier run; add --resume to go on with it, "
-                            "--overwrite to delete them, or give another -o output_dir=…")
-
-    def _keep_config(self, overwrite):
-        """Once nothing can be refused any more: the config of this run, in place of an earlier run's traces."""
-        if not parallel.is_main():
-            return
-        if overwrite:
-            checkpoint.remove_all(self.folder)
-            for log in (self.folder / "vdl").glob("vdlrecords.*"):
-                log.unlink()
-            os.truncate(self.folder / "train.log", 0)
-        checkpoint.write_text(self.folder / "config.yaml", self.config.to_yaml())
 
     def _warn_of_bad_picture(self, name, reason, count):
         LOGGER.warning(f"cannot decode {name} ({reason}); another picture stands in for it ({count} so far)")
@@ -238,7 +208,7 @@ class Trainer:
         scalars = Scalars(self.folder / "vdl" if config.log.visualdl and main else None)
         bar = tqdm(total=self.iterations, initial=self.iteration, unit="it", disable=not (main and sys.stderr.isatty()))
         batches = self.loader.batches(self._batch_numbers())
-        meter, losses, first = Meter(), _Sums(), self.iteration
+        meter, losses, first = Meter(), LossSums(), self.iteration
         self.wrapped.train()
         try:
             while self.iteration < self.iterations:
@@ -262,7 +232,7 @@ class Trainer:
                 bar.update()
                 if watch:
                     self._log(scalars, losses, outputs[-1], lr, meter)
-                    losses = _Sums()
+                    losses = LossSums()
                 saved = self._save_if_due(losses)
                 asked = request.agreed() if self.iteration < self.iterations else 0
                 if asked:
@@ -275,7 +245,7 @@ class Trainer:
             self.loader.close()
             atexit.unregister(self.loader.close)
             if main:
-                self._lock.close()
+                self.lock.close()
 
     def _stop(self, asked, saved, losses):
         if not saved:
@@ -365,27 +335,6 @@ class Trainer:
             kept = f"the last good checkpoint is {self.folder / checkpoint.LATEST}"
         raise UserError(f"the loss is not finite at iteration {self.iteration}: the run ends here, {kept}; "
                         "try a smaller optim.lr, optim.clip_norm, or optim.amp=off")
-
-
-class _Sums:
-    """Sums of losses on the device, read only when a line is logged: no iteration waits for the device."""
-
-    def __init__(self):
-        self.sums, self.count = {}, 0
-
-    def add(self, output):
-        self.count += 1
-        for name in ("loss", "loss_global", "loss_dense"):
-            value = getattr(output, name)
-            if value is not None:
-                value = value.detach()
-                self.sums[name] = self.sums[name] + value if name in self.sums else value
-
-    def means(self):
-        return {name: float(value) / self.count for name, value in self.sums.items()}
-
-    def finite(self):
-        return all(np.isfinite(float(value)) for value in self.sums.values())
 
 
 def _difference(saved, now, section):

@@ -18,7 +18,7 @@ from ppdensecl.config import build_config
 from ppdensecl.engine import checkpoint
 from ppdensecl.errors import UserError
 from ppdensecl.interop import layouts, torch_file
-from ppdensecl.interop.foreign import read, sha256
+from ppdensecl.interop.foreign import read
 from ppdensecl.models import DenseCL, ResNet
 
 
@@ -35,11 +35,11 @@ def to_paddle(source, out, backbone=False, config=None):
     written = [stem + suffix for suffix in (checkpoint.SUFFIXES if found.whole else (".pdparams", ".json"))]
     _check_output(found, written)
     notes = [found.description(), *_left_out(found, kept=written[-1]), *found.notes]
-    origin = {"file": Path(found.file).name, "sha256": sha256(found.file), **found.origin}
+    origin = {"file": Path(found.file).name, "sha256": checkpoint.sha256_of(found.file), **found.origin}
     if not found.whole:
         _compare(found, ResNet(found.depth, stages=found.stages))
         checkpoint.write_arrays(written[0], found.arrays)
-        origin = {**origin, "layout": "backbone", "copies": False, "written_sha256": sha256(written[0])}
+        origin = {**origin, "layout": "backbone", "copies": False, "written_sha256": checkpoint.sha256_of(written[0])}
         with torch_file.replacing(written[1]) as file:
             file.write(json.dumps(origin, indent=1).encode())
         return [*notes, f"written: {written[0]} ({len(found.arrays)} entries), and {written[1]} with where they are from"]

@@ -5,7 +5,6 @@ PyTorch is not needed, and nothing that a file asks for is run.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections import Counter
@@ -86,14 +85,6 @@ def read(source, backbone=False):
                  {reason: len(names) for reason, names in left_out.items()}, momentum, momentum_note, notes)
 
 
-def sha256(file):
-    digest = hashlib.sha256()
-    with open(file, "rb") as stream:
-        for piece in iter(lambda: stream.read(1 << 20), b""):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
 def _content(file):
     if file.endswith(".pdparams"):
         return checkpoint.read_nested(file)
@@ -163,7 +154,7 @@ def _beside(file, layout, progress):
     except (OSError, ValueError, RecursionError):  # somebody else's, or none
         return progress, None
     converted = _sound(converted)
-    return progress, converted if converted and converted.get("written_sha256") == sha256(file) else None
+    return progress, converted if converted and converted.get("written_sha256") == checkpoint.sha256_of(file) else None
 
 
 def _sound(converted):
