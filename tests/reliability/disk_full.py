@@ -12,11 +12,10 @@ import os
 import random
 import resource
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-from tiny_run import ROOT, command, environment, newest_iteration, run, same
+from tiny_run import ROOT, as_command, command, environment, newest_iteration, run, same
 
 OPTIONS = {"overrides": ("optim.max_iters=8", "save.interval_epochs=1000000", "save.interval_iters=2", "save.keep_last=2")}
 
@@ -88,11 +87,7 @@ def main():
     parser.add_argument("--times", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", action="store_true", help="limit the size of files, mount nothing")
-    arguments = parser.parse_args()
-    try:
-        campaign(**vars(arguments), say=lambda text: print(text, flush=True))
-    except AssertionError as error:
-        sys.exit(f"FAILED: {error}")
+    as_command(campaign, parser)
 
 
 if __name__ == "__main__":

@@ -15,12 +15,12 @@ import os
 import random
 import re
 import signal
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-from tiny_run import alive, checkpoint, descendants, logged_iterations, newest_iteration, ranks, same, start, wait_until
+from tiny_run import (
+    alive, as_command, checkpoint, descendants, logged_iterations, newest_iteration, ranks, same, start, wait_until)
 
 STARTING, WRITING, BETWEEN, PRUNING, COMPUTING = (
     "before its first iteration", "while a file was written", "between the files of a checkpoint", "while an old one was deleted",
@@ -123,11 +123,7 @@ def main():
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--iterations", type=int, default=200, help="of a run")
-    arguments = parser.parse_args()
-    try:
-        campaign(**vars(arguments), say=lambda text: print(text, flush=True))
-    except AssertionError as error:
-        sys.exit(f"FAILED: {error}")
+    as_command(campaign, parser)
 
 
 if __name__ == "__main__":

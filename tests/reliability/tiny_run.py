@@ -98,3 +98,11 @@ def alive(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def as_command(campaign, parser):
+    """Runs a campaign with the arguments of the command line; exit status 1 where what should have held did not."""
+    try:
+        campaign(**vars(parser.parse_args()), say=lambda text: print(text, flush=True))
+    except AssertionError as error:
+        sys.exit(f"FAILED: {error}")
