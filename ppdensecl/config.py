@@ -74,6 +74,7 @@ class OptimConfig(Section):
     max_iters: Optional[int] = Field(None, ge=1)  # ends the run earlier; the schedule stays that of `epochs`
     accumulate: int = Field(1, ge=1)  # batches per optimizer step
     amp: Literal["off", "float16", "bfloat16"] = "off"
+    amp_level: Literal["O1", "O2"] = "O1"  # O2: all operators of the encoders but the few that need float32; parameters keep it
     recompute: bool = False  # the query's backbone runs again in the backward pass: less memory, the same numbers
     clip_norm: Optional[float] = Field(None, gt=0)
 

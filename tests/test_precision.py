@@ -14,7 +14,8 @@ from paddle.amp.auto_cast import amp_state
 from ppdensecl.config import load_config
 from ppdensecl.engine import checkpoint, device
 from ppdensecl.engine.trainer import Trainer, build_model
-from ppdensecl.models import DenseCL
+from ppdensecl import parallel
+from ppdensecl.models import DenseCL, densecl
 from ppdensecl.models.densecl import normalised_rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -108,6 +109,32 @@ def test_losses_and_matches_are_computed_outside_autocast(monkeypatch, matching,
         output = model(*pair)
     assert seen == [False] * (2 + 2 + products)  # two in each loss
     assert {output.loss.dtype, output.keys.dtype, output.keys_dense.dtype, model.queue.keys.dtype} == {paddle.float32}
+
+
+@pytest.mark.parametrize("level", ["O1", "O2"])
+@pytest.mark.parametrize("bn_groups", [1, 2])
+def test_the_encoders_alone_run_under_autocast(as_if_on_a_gpu, monkeypatch, tmp_path, level, bn_groups):
+    trainer = Trainer(_config(tmp_path, "optim.amp=bfloat16", f"optim.amp_level={level}", f"model.bn_groups={bn_groups}"))
+    seen = {}
+
+    def watch(name, owner, attribute):
+        function = getattr(owner, attribute)
+
+        def watched(*arguments, **options):
+            state = amp_state() or {"enable": False}
+            seen.setdefault(name, set()).add((state["level"], state["dtype"]) if state["enable"] else None)
+            return function(*arguments, **options)
+        monkeypatch.setattr(owner, attribute, watched)
+
+    watch("backbone", type(trainer.model.encoder_q.backbone), "forward")
+    watch("head", type(trainer.model.encoder_q.head), "forward")
+    watch("unit vectors", densecl.F, "normalize")
+    watch("views", densecl, "normalise")
+    watch("loss", densecl, "info_nce")
+    watch("exchange", parallel.Shuffle, "restore")
+    trainer.fit()
+    inside = {(level, "bfloat16")}
+    assert seen == {"backbone": inside, "head": inside, "unit vectors": {None}, "views": {None}, "loss": {None}, "exchange": {None}}
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

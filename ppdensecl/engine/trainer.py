@@ -110,6 +110,8 @@ class Trainer:
         self.iterations = min(config.optim.epochs * self.iters_per_epoch, config.optim.max_iters or sys.maxsize)
         self.model = build_model(config)
         self.model.encoder_q.backbone.recompute = config.optim.recompute
+        if config.optim.amp != "off":
+            self.model.autocast = {"dtype": config.optim.amp, "level": config.optim.amp_level}
         self.optimizer = build_optimizer(config.optim, self.model)
         self.scaler = paddle.amp.GradScaler(init_loss_scaling=2.0**14) if config.optim.amp == "float16" else None
         # Last of what can fail: it starts the worker processes.
@@ -263,12 +265,10 @@ class Trainer:
             yield from range(start, start + self.config.optim.accumulate)
 
     def _forward_backward(self, views, step, watch, last):
-        amp = self.config.optim.amp
         # Gradients travel between the processes once per step, with the last of its backward passes.
         quiet = self.wrapped.no_sync() if parallel.world_size() > 1 and not last else contextlib.nullcontext()
         with quiet:
-            with paddle.amp.auto_cast(enable=amp != "off", dtype=amp if amp != "off" else "float16"):
-                output = self.wrapped(paddle.to_tensor(views[0]), paddle.to_tensor(views[1]), step=step, watch=watch)
+            output = self.wrapped(paddle.to_tensor(views[0]), paddle.to_tensor(views[1]), step=step, watch=watch)
             loss = output.loss / self.config.optim.accumulate
             (self.scaler.scale(loss) if self.scaler else loss).backward()
         return output

@@ -6,6 +6,7 @@ the backbone map where no grid is set), K the queues' length.
 
 from __future__ import annotations
 
+import contextlib
 from typing import NamedTuple, Optional
 
 import paddle
@@ -63,7 +64,8 @@ def normalised_rows(x):
     x = x if x.dtype == paddle.float64 else x.astype("float32")
     if x.ndim == 4:
         x = x.flatten(2).transpose([0, 2, 1])
-    return F.normalize(x, axis=-1)
+    with paddle.amp.auto_cast(enable=False):
+        return F.normalize(x, axis=-1)
 
 
 class DenseCL(nn.Layer):
@@ -97,6 +99,7 @@ class DenseCL(nn.Layer):
         self.loss_lambda, self.lambda_warmup_iters = loss_lambda, lambda_warmup_iters
         self.matching, self.bn_groups, self.seed = matching, bn_groups, seed
         self.dense = loss_lambda > 0
+        self.autocast = None  # arguments of paddle.amp.auto_cast for the encoders; all else is computed in float32
         self.encoder_q = Encoder(backbone, stages, hidden_dim, embedding_dim, num_grid, self.dense)
         self.encoder_k = Encoder(backbone, stages, hidden_dim, embedding_dim, num_grid, self.dense)
         if sync_bn:
@@ -128,9 +131,10 @@ class DenseCL(nn.Layer):
 
     def _in_groups(self, encoder, x):
         """encoder(x), each of the `bn_groups` parts of the batch with BatchNorm statistics of its own."""
-        if self.bn_groups == 1:
-            return encoder(x)
-        parts = zip(*(encoder(part) for part in paddle.split(x, self.bn_groups)))
+        with paddle.amp.auto_cast(**self.autocast) if self.autocast else contextlib.nullcontext():
+            if self.bn_groups == 1:
+                return encoder(x)
+            parts = list(zip(*(encoder(part) for part in paddle.split(x, self.bn_groups))))
         return tuple(None if part[0] is None else paddle.concat(part) for part in parts)
 
     def forward(self, view_q, view_k, step=0, watch=False):
