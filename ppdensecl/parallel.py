@@ -67,10 +67,14 @@ def _begin_gather(x):
 
 def agree(facts, error=None):
     """Called by all ranks before a run: raises UserError on all of them where one could not start (`error`, its own) or was
-    started with other `facts`, {what: text}, than rank 0. Nobody is left waiting for a rank that will never come."""
+    started with other facts, `facts()` is {what: text}, than rank 0. Nobody is left waiting for a rank that will never come."""
     if error:
-        _exchange([str(error), ""])
+        if world_size() > 1:
+            _exchange([str(error), ""])
         raise error
+    if world_size() == 1:
+        return
+    facts = facts()
     names = "\n".join(facts)
     for r, (message, theirs) in enumerate(answers := _exchange(["", names])):
         if message:

@@ -81,7 +81,7 @@ def disagreements():
     for facts, error in (({"a": "1", "b": "2"}, None), ({"a": "1", "b": str(rank)}, None), ({"a": "x" * 2000 + str(rank)}, None),
                          ({"a": "1"} if rank else {"b": "1"}, None), ({}, UserError("no pictures hère") if rank else None)):
         try:
-            parallel.agree(facts, error)
+            parallel.agree(lambda: facts, error)
             found.append("")
         except UserError as raised:
             found.append(str(raised))

@@ -1,13 +1,16 @@
 """Mixed precision. No CPU can run its half precision: Paddle's autocast, and its loss scaler, do nothing there. What is run
 here is the rest: a loss scaler that takes the CPU for a GPU, and which parts of a step autocast is kept from."""
 
+import contextlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import paddle
+import paddle.nn.functional as F
 import pytest
+from paddle import nn
 from paddle.amp import grad_scaler
 from paddle.amp.auto_cast import amp_state
 
@@ -153,3 +156,51 @@ def test_all_of_a_mixed_run_is_kept_in_float32(as_if_on_a_gpu, tmp_path):
     assert trainer.scaler is None  # bfloat16 has float32's range
     assert {value.dtype for value in found.values()} == {np.dtype("float32"), np.dtype("int64")}
     assert {value.dtype for value in checkpoint.load_optimizer(tmp_path / "latest").values()} == {np.dtype("float32")}
+
+
+@pytest.fixture
+def rounding_autocast(monkeypatch):
+    """What no CPU has kernels for: within an enabled `auto_cast` the encoders' layers round all they take, the weights too, and all
+    they give to its dtype, and so are their gradients; the sums inside a layer are float32's, as on tensor cores."""
+    dtypes = [None]
+
+    @contextlib.contextmanager
+    def auto_cast(enable=True, dtype="float16", level="O1"):
+        dtypes.append(dtype if enable else None)
+        try:
+            yield
+        finally:
+            dtypes.pop()
+
+    def short(x):
+        return x if dtypes[-1] is None or x is None else x.astype(dtypes[-1]).astype("float32")
+
+    monkeypatch.setattr(paddle.amp, "auto_cast", auto_cast)
+    monkeypatch.setattr(nn.Conv2D, "forward", lambda self, x: short(F.conv2d(
+        short(x), short(self.weight), short(self.bias), self._stride, self._padding, self._dilation)))
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: short(F.linear(short(x), short(self.weight), short(self.bias))))
+    monkeypatch.setattr(nn.BatchNorm2D, "forward", lambda self, x, plain=nn.BatchNorm2D.forward: short(plain(self, short(x))))
+    # Smooth: a ReLU or a maximum that decides otherwise is a jump, whose share grows with the root of the resolution.
+    monkeypatch.setattr(nn.ReLU, "forward", lambda self, x: short(F.silu(short(x))))
+    monkeypatch.setattr(F, "relu", lambda x: short(F.silu(short(x))))
+    monkeypatch.setattr(nn.MaxPool2D, "forward", lambda self, x: F.avg_pool2d(x, 3, 2, 1))
+
+
+@pytest.mark.parametrize("clip", [[], ["optim.clip_norm=0.5"]])
+def test_a_mixed_run_is_the_plain_one_but_for_its_rounding(as_if_on_a_gpu, rounding_autocast, tmp_path, clip):
+    """How far two steps' weights and queues end from those of the plain run, in parts of what the steps changed. float16 has
+    8 times bfloat16's resolution: so much nearer it is, where rounding is all there is. Matched at random: by its features
+    a near tie would be matched otherwise, and that is no small difference."""
+    options = ["model.stages=2", "model.matching=random", "data.batch_size=8", "optim.max_iters=2", *clip]
+    _, plain = _fit(tmp_path / "plain", *options)
+    fresh = build_model(_config(tmp_path, *options))
+    learning = [name for name, p in fresh.named_parameters() if name.startswith("encoder_q") and not p.stop_gradient]
+    parts = {"weights": learning, "queue": ["queue.keys"], "queue_dense": ["queue_dense.keys"]}
+    before, off = {name: x.numpy() for name, x in fresh.state_dict().items()}, {}
+    for dtype in ("float16", "bfloat16"):
+        _, mixed = _fit(tmp_path / dtype, *options, f"optim.amp={dtype}")
+        for part, names in parts.items():
+            distance, change = (np.sqrt(sum(((a[name] - plain[name]) ** 2).sum() for name in names)) for a in (mixed, before))
+            off[part, dtype] = distance / change
+    for part in parts:
+        assert off[part, "bfloat16"] < 0.05 and 5 < off[part, "bfloat16"] / off[part, "float16"] < 12, off

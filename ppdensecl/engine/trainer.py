@@ -69,7 +69,7 @@ class Trainer:
                 self._prepare(where, resume, overwrite)
             except UserError as caught:
                 error = caught
-            parallel.agree(None if error else self._facts(), error)
+            parallel.agree(self._facts, error)
             if parallel.is_main():  # once nothing can be refused any more
                 run_folder.begin(self.folder, self.config, overwrite)
             self.wrapped, self.stepper = parallel.wrap(self.model, self.optimizer)
