@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 
 from ppdensecl.data import loader as loader_module
-from ppdensecl.data import sources
+from ppdensecl.data import source as source_module
 from ppdensecl.data.loader import PairLoader
 from ppdensecl.data.picture import UndecodableError
 from ppdensecl.data.sources import ArchiveSource, CocoSource, FolderSource, ListSource, LmdbSource
@@ -282,7 +282,7 @@ def test_an_archives_member_may_be_no_larger_than_a_picture(tmp_path, monkeypatc
     source = ArchiveSource(str(tmp_path / "a.zip"))
     with pytest.raises(UndecodableError, match="not a picture"):
         source.picture(0)
-    monkeypatch.setattr(sources, "MAX_BYTES", 50_000)
+    monkeypatch.setattr(source_module, "MAX_BYTES", 50_000)
     with pytest.raises(UndecodableError, match="more than any picture has"):
         source.picture(0)
 
