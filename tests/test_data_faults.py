@@ -188,7 +188,7 @@ def test_a_stopped_worker_is_named_and_the_run_goes_on_when_it_does(monkeypatch,
         woken.join(5)
         loader.close()
     told = [record.message for record in caplog.records if record.levelname == "WARNING"]
-    assert told and all(f"data worker 1 (process {stopped}) has made no batch for 0." in line for line in told), told
+    assert told and all(f"data worker 1 (process {stopped}) has made no batch for " in line for line in told), told
     assert "stopped; `kill -CONT` lets it go on" in told[0]
     assert all((batch == other).all() for batch, other in zip(found, _loader().batches(range(12))))
 
