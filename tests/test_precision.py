@@ -110,7 +110,7 @@ def test_losses_and_matches_are_computed_outside_autocast(monkeypatch, matching,
     pair = [paddle.zeros([2, 32, 32, 3], "uint8")] * 2
     with paddle.amp.auto_cast(dtype="float16"):
         output = model(*pair)
-    assert seen == [False] * (2 + 2 + products)  # two in each loss
+    assert seen == [False] * (3 + 3 + products)  # three in each loss
     assert {output.loss.dtype, output.keys.dtype, output.keys_dense.dtype, model.queue.keys.dtype} == {paddle.float32}
 
 
@@ -181,8 +181,8 @@ def rounding_autocast(monkeypatch):
     monkeypatch.setattr(nn.Linear, "forward", lambda self, x: short(F.linear(short(x), short(self.weight), short(self.bias))))
     monkeypatch.setattr(nn.BatchNorm2D, "forward", lambda self, x, plain=nn.BatchNorm2D.forward: short(plain(self, short(x))))
     # Smooth: a ReLU or a maximum that decides otherwise is a jump, whose share grows with the root of the resolution.
-    monkeypatch.setattr(nn.ReLU, "forward", lambda self, x: short(F.silu(short(x))))
-    monkeypatch.setattr(F, "relu", lambda x: short(F.silu(short(x))))
+    for name in ("relu", "relu_"):
+        monkeypatch.setattr(F, name, lambda x: short(F.silu(short(x))))
     monkeypatch.setattr(nn.MaxPool2D, "forward", lambda self, x: F.avg_pool2d(x, 3, 2, 1))
 
 

@@ -1,10 +1,13 @@
 """Runs as a user starts them: tools/train.py as a process of its own."""
 
+import importlib
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -287,3 +290,46 @@ def test_training_on_a_users_folder_names_its_broken_pictures(run_tool, tmp_path
     assert result.returncode == 0 and "7.png" in result.stdout and "another picture stands in" in result.stdout, result.stderr
     result = run_tool("train.py", *common, "--overwrite")
     assert result.returncode == 1 and "1 of 12 pictures cannot be decoded" in result.stderr and "7.png" in result.stderr
+
+
+@pytest.mark.parametrize("arguments, overrides, expected", [
+    ([], [], (2, 16)), ([], ["data.batch_size=48"], (3, 16)), ([], ["data.batch_size=16"], None),
+    ([], ["model.bn_groups=2"], None), ([], ["device=gpu"], None), (["--processes", "1"], [], None),
+    (["--processes", "4"], ["data.batch_size=8"], (4, 2))])
+def test_on_a_cpu_the_cores_share_a_batch(monkeypatch, arguments, overrides, expected):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    train = importlib.import_module("train")
+    for name in ("PPDENSECL_CPU_THREADS", "PADDLE_TRAINERS_NUM", train.LAUNCHED):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(train, "_installed", lambda package: None)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(3))
+    monkeypatch.setattr(os, "execv", lambda path, command: started.append(command))
+    started, config = [], load_config(ROOT / "configs/densecl_r18_demo.yaml", overrides)
+    train.share(config, int(arguments[1]) if arguments else None)
+    assert len(started) == (expected is not None)
+    for command in started:
+        assert command[command.index("--nproc_per_node") + 1] == str(expected[0])
+        assert f"data.batch_size={expected[1]}" in command and "device=cpu" in command
+
+
+def test_the_processes_of_a_shared_batch_end_with_their_launcher(tmp_path):
+    """Killed without a word, it leaves no process behind that would hold the run's folder."""
+    out = tmp_path / "out"
+    command = [sys.executable, "tools/train.py", *TINY, "optim.epochs=1000", f"output_dir={tmp_path / 'run'}", "--processes", "2"]
+    with open(out, "w") as file:
+        launcher = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, start_new_session=True)
+    _until(lambda: (tmp_path / "run/latest.pdparams").exists(), launcher, out)
+    launcher.kill()
+    launcher.wait()
+    log = tmp_path / "run/log/workerlog.0"
+    _until(lambda: "stopped by SIGTERM" in log.read_text(), None, log)
+    resumed = subprocess.run([*command, "--resume", "-o", "optim.max_iters=1"], cwd=ROOT, capture_output=True, text=True,
+                             timeout=120)
+    assert resumed.returncode == 0 and "2 process(es)" in resumed.stdout, resumed.stderr
+
+
+def _until(true, process, out):
+    limit = time.monotonic() + 90
+    while not true():
+        assert time.monotonic() < limit and (process is None or process.poll() is None), out.read_text()
+        time.sleep(0.2)

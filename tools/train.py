@@ -1,12 +1,48 @@
 """Pre-trains DenseCL (or MoCo-v2): python tools/train.py -c configs/densecl_r18_photos.yaml -o data.root=/my/pictures"""
 
+import ctypes
 import os
 import signal
 import sys
+from importlib import metadata
 
 import command_line
 
 from ppdensecl.errors import UserError
+
+
+FEWEST = 16  # pictures that a process's BatchNorm should see
+LAUNCHED = "PPDENSECL_LAUNCHED"
+
+
+def share(config, processes):
+    """On a CPU, becomes Paddle's launcher of one process per core: many of Paddle's CPU operators run on one thread."""
+    if LAUNCHED in os.environ:
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: no process outlives the launcher, however it ends
+    if "PADDLE_TRAINERS_NUM" in os.environ:
+        return
+    batch, cores = config.data.batch_size, len(os.sched_getaffinity(0))
+    if processes is None:
+        on_cpu = config.device == "cpu" or (config.device == "auto" and not _installed("paddlepaddle-gpu"))
+        alone = not on_cpu or config.model.bn_groups > 1 or "PPDENSECL_CPU_THREADS" in os.environ
+        processes = 1 if alone else max(n for n in range(1, cores + 1) if n == 1 or (batch % n == 0 and batch // n >= FEWEST))
+    if processes < 1 or batch % processes:
+        raise UserError(f"--processes is {processes}, which is no divisor of data.batch_size {batch}; use one")
+    if processes == 1:
+        return
+    print(f"note: {processes} processes, each with {batch // processes} of a batch's {batch} pictures (which is what BatchNorm sees, "
+          "as on so many cards); --processes 1 for a single one", file=sys.stderr, flush=True)
+    os.environ[LAUNCHED] = "1"
+    os.execv(sys.executable, [
+        sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", str(processes), "--log_level", "ERROR", "--log_dir",
+        os.path.join(config.output_dir, "log"), *sys.argv, "-o", f"data.batch_size={batch // processes}", "device=cpu"])
+
+
+def _installed(package):
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def main():
@@ -16,6 +52,9 @@ def main():
                              "or from the one given")
     parser.add_argument("--overwrite", action="store_true", help="delete the checkpoints of an earlier run in output_dir")
     parser.add_argument("--print-config", action="store_true", help="show the merged config and end")
+    parser.add_argument("--processes", type=int, metavar="N",
+                        help="share the batch among N processes on this machine's CPU (default: one per core, while each has "
+                             f"{FEWEST} pictures); GPUs and several machines: paddle.distributed.launch")
     arguments = parser.parse_args()
     try:
         config = command_line.read_config(arguments)
@@ -29,6 +68,7 @@ def main():
     if arguments.print_config:
         print(config.to_yaml(), end="")
         return
+    share(config, arguments.processes)
     from ppdensecl.engine.stopping import peers_watched
     from ppdensecl.engine.trainer import Trainer
 

@@ -121,7 +121,7 @@ class DenseCL(nn.Layer):
     def update_key_encoder(self):
         """key ← m · key + (1 − m) · query (MoCo, equation 2). Once a step, before its first forward."""
         for q, k in self._pairs:
-            paddle.assign(k * self.momentum + q * (1.0 - self.momentum), k)
+            k.scale_(self.momentum).add_(q * (1.0 - self.momentum))
 
     def enqueue(self, output):
         """Puts the keys of a forward pass in the queues. After the step's last forward: a loss never sees its own keys."""

@@ -6,6 +6,7 @@ is no classifier. Initialisation is that of the authors' code: Kaiming normal wi
 BatchNorm of a block included.
 """
 
+import paddle.nn.functional as F
 from paddle import nn
 
 from ppdensecl.models.recompute import recompute
@@ -32,13 +33,12 @@ class BasicBlock(nn.Layer):
         self.bn1 = _norm(width)
         self.conv2 = _conv(width, width, 3, dilation=dilation)
         self.bn2 = _norm(width)
-        self.relu = nn.ReLU()
         self.downsample = downsample
 
     def forward(self, x):
-        y = self.relu(self.bn1(self.conv1(x)))
+        y = F.relu_(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
-        return self.relu(y + (x if self.downsample is None else self.downsample(x)))
+        return F.relu_(y.add_(x if self.downsample is None else self.downsample(x)))
 
 
 class Bottleneck(nn.Layer):
@@ -52,14 +52,13 @@ class Bottleneck(nn.Layer):
         self.bn2 = _norm(width)
         self.conv3 = _conv(width, width * 4, 1)
         self.bn3 = _norm(width * 4)
-        self.relu = nn.ReLU()
         self.downsample = downsample
 
     def forward(self, x):
-        y = self.relu(self.bn1(self.conv1(x)))
-        y = self.relu(self.bn2(self.conv2(y)))
+        y = F.relu_(self.bn1(self.conv1(x)))
+        y = F.relu_(self.bn2(self.conv2(y)))
         y = self.bn3(self.conv3(y))
-        return self.relu(y + (x if self.downsample is None else self.downsample(x)))
+        return F.relu_(y.add_(x if self.downsample is None else self.downsample(x)))
 
 
 class ResNet(nn.Layer):
@@ -90,7 +89,6 @@ class ResNet(nn.Layer):
         self.feat_channels = [width * block.expansion for width in widths]
         self.conv1 = _conv(3, 64, 7, 2)
         self.bn1 = _norm(64)
-        self.relu = nn.ReLU()
         self.maxpool = nn.MaxPool2D(3, 2, 1)
         cin, total_stride, dilation = 64, 4, 1
         for number, (width, blocks) in enumerate(zip(widths, BLOCKS[depth]), 1):
@@ -111,7 +109,7 @@ class ResNet(nn.Layer):
         return [getattr(self, f"layer{number}") for number in range(1, len(self.feat_channels) + 1)]
 
     def _stem(self, x):
-        return self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        return self.maxpool(F.relu_(self.bn1(self.conv1(x))))
 
     def forward(self, x):
         """x [N, 3, H, W] float → the last stage's map [N, C, H/output_stride, W/output_stride]."""

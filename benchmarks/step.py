@@ -1,0 +1,213 @@
+"""One training step, ResNet-50, 224 px, queues of 65536: python benchmarks/step.py [--batches 8 32] [--rounds 5]
+
+Ours in one process, ours in one process per core (each with its share of the batch; the gradients are averaged), the same step as
+Paddle code has it usually (all logits side by side, the key encoder updated tensor by tensor), and the authors' in PyTorch. From
+the batch in memory to the updated weights and queues; the picture tables of `data.py` are apart from this.
+"""
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import measure
+import numpy as np
+
+SIZE, QUEUE, DIM, TEMPERATURE, MOMENTUM = 224, 65536, 128, 0.2, 0.999
+CORES = len(os.sched_getaffinity(0))
+WAYS = ("ours", "ours, a process per core", "usual Paddle, as it comes", "usual Paddle", "PyTorch")
+
+
+def ours(batch):
+    import ppdensecl  # noqa: F401 (imports Pillow before paddle)
+    import paddle
+
+    from ppdensecl import parallel
+    from ppdensecl.config import OptimConfig
+    from ppdensecl.engine import device
+    from ppdensecl.engine.optimisation import build_optimizer
+    from ppdensecl.models import DenseCL
+
+    device.select("cpu")
+    parallel.start()
+    paddle.seed(0)
+    model = DenseCL("resnet50", queue_len=QUEUE)
+    wrapped, optimizer = parallel.wrap(model, build_optimizer(OptimConfig(), model))
+    views = np.random.default_rng(parallel.rank()).integers(0, 256, (2, batch // parallel.world_size(), SIZE, SIZE, 3), np.uint8)
+
+    def once():
+        model.update_key_encoder()
+        output = wrapped(*map(paddle.to_tensor, views))
+        output.loss.backward()
+        optimizer.step()
+        optimizer.clear_grad()
+        model.enqueue(output)
+        return {"loss": float(output.loss)}
+    return once
+
+
+def ours_on_all_cores(batch):
+    """A process per core; a turn is one of all of them, and its memory their sum."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    addresses = [f"127.0.0.1:{port + 1 + rank}" for rank in range(CORES)]
+    group = {"PADDLE_TRAINERS_NUM": str(CORES), "PADDLE_LOCAL_SIZE": str(CORES), "PADDLE_MASTER": f"127.0.0.1:{port}",
+             "PADDLE_TRAINER_ENDPOINTS": ",".join(addresses), "PADDLE_DISTRI_BACKEND": "gloo"}  # as Paddle's launcher sets them
+    ranks = [subprocess.Popen(
+        [sys.executable, __file__, "--way", "ours", "--batches", str(batch)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, **group, "PADDLE_TRAINER_ID": str(rank), "PADDLE_CURRENT_ENDPOINT": addresses[rank]})
+        for rank in range(CORES)]
+
+    def once():
+        for rank in ranks:
+            rank.stdin.write("go\n")
+            rank.stdin.flush()
+        answers = [json.loads(rank.stdout.readline()) for rank in ranks]
+        return {key: sum(answer[key] for answer in answers) for key in ("cpu", "before", "peak")}
+    return once
+
+
+def usual_paddle(batch):
+    """As Paddle ports have it: float batches, logits side by side, a loop over the encoder's tensors, queues of [D, K]."""
+    import paddle
+    import paddle.nn.functional as F
+    from paddle import nn
+    from paddle.vision.models import resnet50
+
+    class Encoder(nn.Layer):
+        def __init__(self):
+            super().__init__()
+            self.backbone = resnet50(num_classes=0, with_pool=False)
+            self.mlp = nn.Sequential(nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, DIM))
+            self.mlp2 = nn.Sequential(nn.Conv2D(2048, 2048, 1), nn.ReLU(), nn.Conv2D(2048, DIM, 1))
+
+        def forward(self, x):
+            features = self.backbone(x)
+            dense = self.mlp2(features)
+            parts = self.mlp(features.mean([2, 3])), dense.flatten(2), dense.mean([2, 3]), features.flatten(2)
+            return [F.normalize(part, axis=1) for part in parts]
+
+    query_encoder, key_encoder = Encoder(), Encoder()
+    for q, k in zip(query_encoder.parameters(), key_encoder.parameters()):
+        k.set_value(q)
+        k.stop_gradient = True
+    queues = [F.normalize(paddle.randn([DIM, QUEUE]), axis=0) for _ in range(2)]
+    pointer = paddle.zeros([1], "int64")
+    optimizer = paddle.optimizer.Momentum(0.03, 0.9, query_encoder.parameters(), weight_decay=1e-4)
+    views = [paddle.randn([batch, 3, SIZE, SIZE]) for _ in range(2)]
+
+    def info_nce(query, positive, queue):
+        own = paddle.einsum("nc,nc->n", query, positive).unsqueeze(-1)
+        logits = paddle.concat([own, paddle.einsum("nc,ck->nk", query, queue.clone().detach())], axis=1) / TEMPERATURE
+        return F.cross_entropy(logits, paddle.zeros([len(query)], "int64"))
+
+    def once():
+        q, dense_q, _, features_q = query_encoder(views[0])
+        with paddle.no_grad():
+            for a, b in zip(query_encoder.parameters(), key_encoder.parameters()):
+                paddle.assign(b * MOMENTUM + a * (1.0 - MOMENTUM), b)
+                b.stop_gradient = True
+            k, dense_k, pooled_k, features_k = key_encoder(views[1])
+            match = paddle.matmul(features_q.transpose([0, 2, 1]), features_k).argmax(axis=2)
+            positive = paddle.take_along_axis(dense_k, match.unsqueeze(1).expand([-1, DIM, -1]), 2)
+        rows = [x.transpose([0, 2, 1]).reshape([-1, DIM]) for x in (dense_q, positive)]
+        loss = 0.5 * info_nce(q, k, queues[0]) + 0.5 * info_nce(*rows, queues[1])
+        with paddle.no_grad():
+            start = int(pointer[0])
+            for queue, keys in zip(queues, (k, pooled_k)):
+                queue[:, start:start + batch] = keys.transpose([1, 0])
+            pointer[0] = (start + batch) % QUEUE
+        loss.backward()
+        optimizer.step()
+        optimizer.clear_grad()
+        return {"loss": float(loss)}
+    return once
+
+
+def pytorch(batch):
+    sys.path.insert(0, str(measure.ROOT / "tools/align"))
+    import reference
+    import torch
+    import torch.nn.functional as F
+
+    torch.set_num_threads(CORES)
+    encoders = [torch.nn.Sequential(reference.ResNet(50), reference.Head(2048, 2048, DIM, None)) for _ in range(2)]
+    encoders[1].requires_grad_(False)
+    queues = [F.normalize(torch.randn(DIM, QUEUE), dim=0) for _ in range(2)]
+    pointer = torch.zeros(1, dtype=torch.long)
+    optimizer = torch.optim.SGD(encoders[0].parameters(), 0.03, 0.9, weight_decay=1e-4)
+    views = [torch.randn(batch, 3, SIZE, SIZE) for _ in range(2)]
+
+    def encode(encoder, x):
+        features = encoder[0](x)[-1]
+        return [F.normalize(part, dim=1) for part in (*encoder[1](features), features.flatten(2))]
+
+    def info_nce(query, positive, queue):
+        own = torch.einsum("nc,nc->n", [query, positive]).unsqueeze(-1)
+        logits = torch.cat([own, torch.einsum("nc,ck->nk", [query, queue.clone().detach()])], 1) / TEMPERATURE
+        return F.cross_entropy(logits, torch.zeros(len(query), dtype=torch.long))
+
+    def once():
+        q, dense_q, _, features_q = encode(encoders[0], views[0])
+        with torch.no_grad():
+            for a, b in zip(encoders[0].parameters(), encoders[1].parameters()):
+                b.data = b.data * MOMENTUM + a.data * (1.0 - MOMENTUM)
+            k, dense_k, pooled_k, features_k = encode(encoders[1], views[1])
+            match = torch.matmul(features_q.permute(0, 2, 1), features_k).max(2).indices
+            positive = torch.gather(dense_k, 2, match.unsqueeze(1).expand(-1, DIM, -1))
+        rows = [x.permute(0, 2, 1).reshape(-1, DIM) for x in (dense_q, positive)]
+        loss = 0.5 * info_nce(q, k, queues[0]) + 0.5 * info_nce(*rows, queues[1])
+        with torch.no_grad():
+            start = int(pointer)
+            for queue, keys in zip(queues, (k, pooled_k)):
+                queue[:, start:start + batch] = keys.T
+            pointer[0] = (start + batch) % QUEUE
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return {"loss": float(loss)}
+    return once
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batches", type=int, nargs="+", default=[8, 32])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", default=measure.RESULTS)
+    arguments = parser.parse_args()
+    if arguments.way:
+        make = {"ours": ours, "ours, a process per core": ours_on_all_cores, "PyTorch": pytorch}.get(arguments.way, usual_paddle)
+        return measure.serve(make(*arguments.batches))
+    settings = {"usual Paddle": {"OMP_NUM_THREADS": str(CORES), "MKL_DEBUG_CPU_TYPE": "5"}}
+    rows, found = [], {}
+    for batch in arguments.batches:
+        answers = measure.in_turn({way: ([sys.executable, __file__, "--way", way, "--batches", batch], settings.get(way, {}))
+                                   for way in arguments.ways}, arguments.rounds)
+        found[batch] = answers
+        peer = {key: measure.median(answers["PyTorch"], key) for key in ("seconds", "peak")} if "PyTorch" in answers else {}
+        for way, turns in answers.items():
+            seconds, peak = measure.median(turns), max(turn["peak"] for turn in turns)
+            rows.append([batch, way, seconds, seconds / peer.get("seconds", seconds), f"{peak:.0f}", peak / peer.get("peak", peak)])
+    markdown = measure.table(["batch", "step", "seconds", "ratio", "peak MiB", "ratio"], rows)
+
+    def plot(figure):
+        for number, (title, column) in enumerate((("seconds a step", 2), ("peak memory, MiB", 4)), 1):
+            axes = figure.add_subplot(1, 2, number)
+            for way in arguments.ways:
+                points = [(row[0], float(row[column])) for row in rows if row[1] == way]
+                axes.plot(*zip(*points), "o-", label=way)
+            axes.set(xlabel="pictures a step", ylabel=title, xscale="log", yscale="log", xticks=arguments.batches,
+                     xticklabels=arguments.batches)
+            axes.grid(alpha=0.3, which="both")
+        axes.legend(fontsize=8)
+
+    measure.write("step", {"rounds": arguments.rounds, "answers": found}, markdown, plot, arguments.folder)
+
+
+if __name__ == "__main__":
+    main()
