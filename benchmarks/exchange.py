@@ -29,7 +29,7 @@ def one_by_one(shuffle, view, tensors):
 
 
 def shuffled(shuffle, view, tensors):
-    return shuffle.scatter(view)(), *shuffle.restore(tensors[:2], tensors[2:])
+    return shuffle.scatter(view), *shuffle.restore(tensors[:2], tensors[2:])()
 
 
 def main():

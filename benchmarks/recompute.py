@@ -1,4 +1,4 @@
-"""Peak memory and time of a step with and without optim.recompute:
+"""Peak memory and time of a step with and without optim.recompute=4:
 python benchmarks/recompute.py [--backbone resnet50] [--size 112] [--batch 32]
 
 Each in processes of its own, in alternation; prints both runs' peaks (with and without what Paddle and the model take before the
@@ -53,19 +53,19 @@ def main():
     parser.add_argument("--backbone", default="resnet50")
     parser.add_argument("--size", type=int, default=112)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--child", choices=["False", "True"], help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=["0", "4"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        return child(arguments.backbone, arguments.size, arguments.batch, arguments.child == "True")
-    found = {False: [], True: []}
-    for recompute in (False, True) * 2:
+        return child(arguments.backbone, arguments.size, arguments.batch, int(arguments.child))
+    found = {0: [], 4: []}
+    for recompute in (0, 4) * 2:
         command = [sys.executable, __file__, *sys.argv[1:], "--child", str(recompute)]
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
         found[recompute].append([float(x) for x in output[-4:]])
     assert len({losses[3] for runs in found.values() for losses in runs}) == 1, "the losses differ"
     for name, column in (("peak memory, MB", lambda r: r[1]), ("beyond Paddle and the model, MB", lambda r: r[1] - r[0]),
                          ("CPU seconds a step", lambda r: r[2])):
-        without, with_it = ([column(run) for run in found[recompute]] for recompute in (False, True))
+        without, with_it = ([column(run) for run in found[recompute]] for recompute in (0, 4))
         print(f"{arguments.backbone}, {arguments.size} px, batch {arguments.batch}: {name}: "
               f"without {without[0]:.4g} {without[1]:.4g}, with {with_it[0]:.4g} {with_it[1]:.4g}, ratio {sum(with_it) / sum(without):.2f}")
 

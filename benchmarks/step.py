@@ -42,7 +42,7 @@ def ours(batch):
         output = wrapped(*map(paddle.to_tensor, views))
         output.loss.backward()
         optimizer.step()
-        optimizer.clear_grad()
+        optimizer.clear_grad(set_to_zero=False)
         model.enqueue(output)
         return {"loss": float(output.loss)}
     return once

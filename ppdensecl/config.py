@@ -75,7 +75,7 @@ class OptimConfig(Section):
     accumulate: int = Field(1, ge=1)  # batches per optimizer step
     amp: Literal["off", "float16", "bfloat16"] = "off"
     amp_level: Literal["O1", "O2"] = "O1"  # O2: all operators of the encoders but the few that need float32; parameters keep it
-    recompute: bool = False  # the query's backbone runs again in the backward pass: less memory, the same numbers
+    recompute: int = Field(0, ge=0, le=4)  # stages of the query's backbone that run again in the backward pass: less memory
     clip_norm: Optional[float] = Field(None, gt=0)
 
 

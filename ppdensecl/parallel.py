@@ -126,28 +126,29 @@ class Shuffle:
                 paddle.to_tensor, (local(permutation), inverse, local(inverse)))
 
     def scatter(self, x):
-        """Begins the exchange of a batch x [n, …]; what it returns ends it and gives this rank's share of the shuffled batch,
-        [n, …], whose row i on rank r is row permutation[r·n + i]. In between there is time for other work."""
-        end = _begin_gather(x)
-        return end if self.mine is None else lambda: paddle.gather(end(), self.mine)
+        """This rank's share of the shuffled batch: x [n, …] → [n, …], whose row i on rank r is row permutation[r·n + i]."""
+        return x if self.mine is None else paddle.gather(gather(x), self.mine)
 
     def restore(self, everyones, mine=()):
-        """Results for a scattered batch in the order before the shuffle: the tensors `everyones`, [n, …] → [R·n, …], and
-        `mine`, [n, …] → [n, …], this rank's rows alone. What is narrow travels in one message; a map that is wide on its own,
-        because copying it there and back costs more than a message."""
+        """Begins to bring results for a scattered batch back into the order before the shuffle; what it returns ends it and
+        gives the tensors `everyones`, [n, …] → [R·n, …], and `mine`, [n, …] → [n, …], this rank's rows alone. What is narrow
+        travels in one message; a map that is wide on its own, because copying it there and back costs more than a message."""
         tensors = (*everyones, *mine)
         if self.mine is None:
-            return tensors
+            return lambda: tensors
         rows = [x.reshape([len(x), -1]) for x in tensors]
         narrow = [i for i, x in enumerate(rows) if x.shape[1] < WIDE]
         messages = [narrow, *([i] for i in range(len(rows)) if i not in narrow)]
         gathered = [(message, _begin_gather(paddle.concat([rows[i] for i in message], axis=1) if len(message) > 1
                                             else rows[message[0]])) for message in messages if message]
-        found = [None] * len(rows)
-        for message, end in gathered:
-            parts = end()
-            parts = parts.split([rows[i].shape[1] for i in message], axis=1) if len(message) > 1 else [parts]
-            for i, part in zip(message, parts):
-                index = self.inverse if i < len(everyones) else self.inverse_mine
-                found[i] = paddle.gather(part, index).reshape([-1, *tensors[i].shape[1:]])
-        return tuple(found)
+
+        def end():
+            found = [None] * len(rows)
+            for message, arrived in gathered:
+                parts = arrived()
+                parts = parts.split([rows[i].shape[1] for i in message], axis=1) if len(message) > 1 else [parts]
+                for i, part in zip(message, parts):
+                    index = self.inverse if i < len(everyones) else self.inverse_mine
+                    found[i] = paddle.gather(part, index).reshape([-1, *tensors[i].shape[1:]])
+            return tuple(found)
+        return end

@@ -64,11 +64,11 @@ def exchanges():
     mine = paddle.to_tensor(numbers)[rank * BATCH:(rank + 1) * BATCH]
     for step in range(5):
         shuffle = parallel.Shuffle(PROCESSES * BATCH, 1, 7, step)
-        x = shuffle.scatter(mine.reshape([-1, 1]).expand([BATCH, 3]).astype("float32"))()
+        x = shuffle.scatter(mine.reshape([-1, 1]).expand([BATCH, 3]).astype("float32"))
         shapes = ([6], [], [5, 2], [8, 4096])  # the last travels on its own
         everyones, own = [[x[:, :1].reshape([BATCH, *[1] * len(s)]).expand([BATCH, *s]) * (i + 1) for i, s in enumerate(part)]
                           for part in (shapes[:2], shapes[2:])]
-        restored = shuffle.restore(everyones, own)
+        restored = shuffle.restore(everyones, own)()
         found[f"shuffled {step}"] = x[:, 0].numpy()
         found.update({f"restored {step} {i}": y.numpy() for i, y in enumerate(restored)})
     return found

@@ -240,7 +240,8 @@ def _not_restored(*which):
         def make(restore):
             def shuffled(self, everyones, mine=()):
                 kept = [*map(parallel.gather, everyones), *mine]
-                return tuple(kept[i] if i in which else x for i, x in enumerate(restore(self, everyones, mine)))
+                end = restore(self, everyones, mine)
+                return lambda: tuple(kept[i] if i in which else x for i, x in enumerate(end()))
             return shuffled
         _replace(patch, parallel.Shuffle, "restore", make)
     return fault

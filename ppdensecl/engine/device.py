@@ -1,10 +1,13 @@
-"""Which device a process computes on, and with how many threads."""
+"""Which device a process computes on, with how many threads, and what becomes of memory that it frees."""
 
+import ctypes
 import os
 
 import paddle
 
 from ppdensecl.errors import UserError
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 def select(name):
@@ -15,6 +18,7 @@ def select(name):
         raise UserError(f"'device' is 'gpu', but {reason}; use device=cpu, or install paddlepaddle-gpu")
     if name == "cpu" or not gpus:
         _set_threads()
+        _keep_freed_memory()
         paddle.set_device("cpu")
     else:
         paddle.set_device(f"gpu:{int(os.environ.get('FLAGS_selected_gpus', '0').split(',')[0])}")
@@ -34,3 +38,12 @@ def threads():
 def _set_threads():
     # Setting OMP_NUM_THREADS before the import would do the same, but Paddle then prints a warning about it.
     paddle.base.core.set_num_threads(threads())
+
+
+def _keep_freed_memory():
+    """Lets malloc keep what is freed, for the next tensor. It would give large blocks back to the system, and get each of them
+    again page by page, zeroed; in a step of ResNet-50 that is up to half of the time. The peak is some 5 % higher."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
+    if mallopt:
+        mallopt(M_MMAP_THRESHOLD, 2**31 - 1)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

@@ -279,7 +279,7 @@ class Trainer:
             self.scaler.update()
         else:
             self.stepper.step()
-        self.stepper.clear_grad()
+        self.stepper.clear_grad(set_to_zero=False)
 
     def _log(self, scalars, losses, output, lr, meter):
         values = {**losses.means(), "lambda": output.loss_lambda,

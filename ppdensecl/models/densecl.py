@@ -145,14 +145,16 @@ class DenseCL(nn.Layer):
         matched to their own position.
         """
         shuffle = parallel.Shuffle(len(view_k) * parallel.world_size(), self.bn_groups, self.seed, step)
-        shuffled = shuffle.scatter(view_k)  # travels while the query is encoded
+        with paddle.no_grad():
+            # The key first: it leaves nothing behind for a backward pass, and its results travel while the query is encoded.
+            k, t, pooled_k, feat_k = self._in_groups(self.encoder_k, normalise(shuffle.scatter(view_k)))
+            restored = shuffle.restore((k, pooled_k), (t, feat_k)) if self.dense else shuffle.restore((k,))
         q, r, _, feat_q = self._in_groups(self.encoder_q, normalise(view_q))  # [N, D], [N, P, D], –, [N, P, C]
         with paddle.no_grad():
-            k, t, pooled_k, feat_k = self._in_groups(self.encoder_k, normalise(shuffled()))
             if self.dense:  # [R·N, D], [R·N, D], [N, P, D], [N, P, C]
-                keys, keys_dense, t, feat_k = shuffle.restore((k, pooled_k), (t, feat_k))
+                keys, keys_dense, t, feat_k = restored()
             else:
-                (keys,) = shuffle.restore((k,))
+                (keys,) = restored()
             k = parallel.local(keys)  # [N, D]
 
         loss_global, watched = info_nce(q, k, self.queue.keys, self.temperature, watch)

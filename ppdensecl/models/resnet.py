@@ -72,8 +72,8 @@ class ResNet(nn.Layer):
         stages: how many of the four stages there are; fewer are for small pictures and quick trials.
 
     `feat_channels` are the widths of the stages; `forward` gives the last map [N, C, H/32, W/32] (float, ReLU
-    output, not normalised), `stages` all four. With the attribute `recompute` True, `forward` keeps the blocks' inputs only;
-    the backward pass computes the rest again.
+    output, not normalised), `stages` all four. Of the first `recompute` stages (an attribute, at first 0; the stem
+    goes with the first) `forward` keeps the blocks' inputs only; the backward pass computes the rest again.
     """
 
     def __init__(self, depth=50, output_stride=32, stages=4):
@@ -84,7 +84,7 @@ class ResNet(nn.Layer):
             raise ValueError(f"output_stride must be 8, 16 or 32, got {output_stride}")
         block = BasicBlock if depth < 50 else Bottleneck
         self.depth = depth
-        self.recompute = False
+        self.recompute = 0
         widths = (64, 128, 256, 512)[:stages]
         self.feat_channels = [width * block.expansion for width in widths]
         self.conv1 = _conv(3, 64, 7, 2)
@@ -113,15 +113,10 @@ class ResNet(nn.Layer):
 
     def forward(self, x):
         """x [N, 3, H, W] float → the last stage's map [N, C, H/output_stride, W/output_stride]."""
-        if not self.recompute:
-            x = self._stem(x)
-            for stage in self._stages():
-                x = stage(x)
-            return x
-        x = recompute(self._stem, [self.conv1, self.bn1], x)
-        for stage in self._stages():
+        x = recompute(self._stem, [self.conv1, self.bn1], x) if self.recompute else self._stem(x)
+        for number, stage in enumerate(self._stages()):
             for block in stage:
-                x = recompute(block, [block], x)
+                x = recompute(block, [block], x) if number < self.recompute else block(x)
         return x
 
     def stages(self, x):
