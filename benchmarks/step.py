@@ -11,16 +11,16 @@ import os
 import socket
 import subprocess
 import sys
+from functools import partial
 
 import measure
 import numpy as np
 
 SIZE, QUEUE, DIM, TEMPERATURE, MOMENTUM = 224, 65536, 128, 0.2, 0.999
 CORES = len(os.sched_getaffinity(0))
-WAYS = ("ours", "ours, a process per core", "usual Paddle, as it comes", "usual Paddle", "PyTorch")
 
 
-def ours(batch):
+def ours(batch, recompute=0):
     import ppdensecl  # noqa: F401 (imports Pillow before paddle)
     import paddle
 
@@ -34,6 +34,7 @@ def ours(batch):
     parallel.start()
     paddle.seed(0)
     model = DenseCL("resnet50", queue_len=QUEUE)
+    model.encoder_q.backbone.recompute = recompute
     wrapped, optimizer = parallel.wrap(model, build_optimizer(OptimConfig(), model))
     views = np.random.default_rng(parallel.rank()).integers(0, 256, (2, batch // parallel.world_size(), SIZE, SIZE, 3), np.uint8)
 
@@ -48,8 +49,8 @@ def ours(batch):
     return once
 
 
-def ours_on_all_cores(batch):
-    """A process per core; a turn is one of all of them, and its memory their sum."""
+def ours_on_all_cores(batch, together=True):
+    """A process per core; a turn is one of all of them, and its memory their sum. Not together, they exchange nothing."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -57,9 +58,10 @@ def ours_on_all_cores(batch):
     group = {"PADDLE_TRAINERS_NUM": str(CORES), "PADDLE_LOCAL_SIZE": str(CORES), "PADDLE_MASTER": f"127.0.0.1:{port}",
              "PADDLE_TRAINER_ENDPOINTS": ",".join(addresses), "PADDLE_DISTRI_BACKEND": "gloo"}  # as Paddle's launcher sets them
     ranks = [subprocess.Popen(
-        [sys.executable, __file__, "--way", "ours", "--batches", str(batch)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env={**os.environ, **group, "PADDLE_TRAINER_ID": str(rank), "PADDLE_CURRENT_ENDPOINT": addresses[rank]})
-        for rank in range(CORES)]
+        [sys.executable, __file__, "--way", "ours", "--batches", str(batch if together else batch // CORES)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PPDENSECL_CPU_THREADS": "1", **({**group, "PADDLE_TRAINER_ID": str(rank),
+             "PADDLE_CURRENT_ENDPOINT": addresses[rank]} if together else {})}) for rank in range(CORES)]
 
     def once():
         for rank in ranks:
@@ -172,39 +174,57 @@ def pytorch(batch):
     return once
 
 
+KEEP = str(2**33)  # bytes: malloc gives nothing back, as `ppdensecl.engine.device` has it for ours
+WAYS = {  # name: (function of the batch, environment)
+    "ours": (ours, {}),
+    "ours, recompute=1": (partial(ours, recompute=1), {}),
+    "ours, a process per core": (ours_on_all_cores, {}),
+    "usual Paddle, as it comes": (usual_paddle, {}),  # Paddle then takes one thread
+    "usual Paddle": (usual_paddle, {"OMP_NUM_THREADS": str(CORES), "MKL_DEBUG_CPU_TYPE": "5"}),
+    "PyTorch": (pytorch, {}),
+    "PyTorch, malloc keeps": (pytorch, {"MALLOC_MMAP_THRESHOLD_": KEEP, "MALLOC_TRIM_THRESHOLD_": KEEP}),
+    "one process, one thread": (ours, {"PPDENSECL_CPU_THREADS": "1"}),
+    "processes that exchange nothing": (partial(ours_on_all_cores, together=False), {}),
+}
+PEERS = ("PyTorch", "usual Paddle", "usual Paddle, as it comes")
+
+
+def measured(names, batch, rounds):
+    """{way: its answers}."""
+    return measure.in_turn({name: ([sys.executable, __file__, "--way", name, "--batches", batch], WAYS[name][1]) for name in names},
+                           rounds)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 32])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", default=measure.RESULTS)
     arguments = parser.parse_args()
     if arguments.way:
-        make = {"ours": ours, "ours, a process per core": ours_on_all_cores, "PyTorch": pytorch}.get(arguments.way, usual_paddle)
-        return measure.serve(make(*arguments.batches))
-    settings = {"usual Paddle": {"OMP_NUM_THREADS": str(CORES), "MKL_DEBUG_CPU_TYPE": "5"}}
-    rows, found = [], {}
+        return measure.serve(WAYS[arguments.way][0](*arguments.batches))
+    names, rows, found = list(WAYS)[:-2], [], {}
     for batch in arguments.batches:
-        answers = measure.in_turn({way: ([sys.executable, __file__, "--way", way, "--batches", batch], settings.get(way, {}))
-                                   for way in arguments.ways}, arguments.rounds)
-        found[batch] = answers
-        peer = {key: measure.median(answers["PyTorch"], key) for key in ("seconds", "peak")} if "PyTorch" in answers else {}
-        for way, turns in answers.items():
-            seconds, peak = measure.median(turns), max(turn["peak"] for turn in turns)
-            rows.append([batch, way, seconds, seconds / peer.get("seconds", seconds), f"{peak:.0f}", peak / peer.get("peak", peak)])
-    markdown = measure.table(["batch", "step", "seconds", "ratio", "peak MiB", "ratio"], rows)
+        found[batch] = answers = measured(names, batch, arguments.rounds)
+        seconds = {name: measure.median(turns) for name, turns in answers.items()}
+        peak = {name: max(turn["peak"] for turn in turns) for name, turns in answers.items()}
+        rows += [[batch, name, seconds[name], *(seconds[name] / seconds[peer] for peer in PEERS), f"{peak[name]:.0f}",
+                  *(peak[name] / peak[peer] for peer in PEERS[:2])] for name in names]
+    markdown = measure.table(["batch", "step", "seconds", *(f"/ {peer}" for peer in PEERS), "peak MiB",
+                              *(f"/ {peer}" for peer in PEERS[:2])], rows)
 
     def plot(figure):
-        for number, (title, column) in enumerate((("seconds a step", 2), ("peak memory, MiB", 4)), 1):
+        for number, (title, column) in enumerate((("seconds a step", 2), ("peak memory, MiB", 6)), 1):
             axes = figure.add_subplot(1, 2, number)
-            for way in arguments.ways:
-                points = [(row[0], float(row[column])) for row in rows if row[1] == way]
-                axes.plot(*zip(*points), "o-", label=way)
-            axes.set(xlabel="pictures a step", ylabel=title, xscale="log", yscale="log", xticks=arguments.batches,
-                     xticklabels=arguments.batches)
-            axes.grid(alpha=0.3, which="both")
-        axes.legend(fontsize=8)
+            for name in names:
+                points = [(row[0], float(row[column])) for row in rows if row[1] == name]
+                axes.plot(*zip(*points), "o-", label=name)
+            axes.set(xlabel="pictures a step", ylabel=title, xscale="log", yscale="log")
+            axes.set_xticks(arguments.batches, arguments.batches)
+            axes.minorticks_off()
+            axes.grid(alpha=0.3)
+        figure.legend(*axes.get_legend_handles_labels(), fontsize=8, loc="outside right")
 
     measure.write("step", {"rounds": arguments.rounds, "answers": found}, markdown, plot, arguments.folder)
 

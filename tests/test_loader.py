@@ -1,5 +1,8 @@
 import os
+import platform
 import signal
+import subprocess
+import sys
 import time
 
 import cv2
@@ -105,6 +108,25 @@ def test_a_fault_in_a_worker_shows_where(monkeypatch):
     monkeypatch.setattr(source, "picture", lambda index: 1 / 0)
     with pytest.raises(RuntimeError, match="(?s)data worker 0 failed.*ZeroDivisionError"):
         _digest(_loader(source, workers=1), range(2))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's malloc")
+def test_a_settled_process_keeps_its_memory():
+    code = """if True:
+        import os, resource, sys
+        import numpy as np
+        from ppdensecl.data.loader import settle
+        def resident():
+            return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() >> 20
+        if sys.argv[1] == "settled":
+            settle()
+        before = resident()
+        views = [np.ones(2**20, np.uint8) for _ in range(20)]
+        del views
+        print(resident() - before)"""
+    kept = [int(subprocess.run([sys.executable, "-c", code, how], capture_output=True, text=True, check=True).stdout)
+            for how in ("settled", "as it is")]
+    assert kept[0] >= 18 and kept[1] <= 5
 
 
 def test_workers_leave_when_the_training_process_is_killed():

@@ -6,6 +6,7 @@ fixes everything random about a view in a `ViewParams`, and `Augmentation.apply`
 params, so that the geometry of a view stays known. Scaling to 0..1 and normalising happen on the device.
 """
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Optional, Tuple
@@ -55,17 +56,17 @@ class Augmentation:
         whether to jitter, 4 factors, 4 keys that sort the parts; gray; whether to blur, sigma; flip.
         So a changed probability or strength changes nothing else about the views of a run.
         """
-        u = rng.random(35)
+        u = rng.random(35).tolist()
         strengths = (self.brightness, self.contrast, self.saturation)
-        factors = [_between(max(0, 1 - s), 1 + s, float(v)) for s, v in zip(strengths, u[23:26])]
-        factors.append(_between(-self.hue, self.hue, float(u[26])))
-        jitter = [(tuple(ADJUST)[i], factors[i]) for i in np.argsort(u[27:31])]
+        factors = [_between(max(0, 1 - s), 1 + s, v) for s, v in zip(strengths, u[23:26])]
+        factors.append(_between(-self.hue, self.hue, u[26]))
+        jitter = [part for _, part in sorted(zip(u[27:31], zip(ADJUST, factors)))]
         return ViewParams(
             *_random_crop(u[:22], height, width, self.scale, self.ratio),
             jitter=tuple(jitter) if u[22] < self.jitter_p else None,
-            gray=bool(u[31] < self.gray_p),
-            sigma=_between(*self.sigma, float(u[33])) if u[32] < self.blur_p else None,
-            flip=bool(u[34] < self.flip_p),
+            gray=u[31] < self.gray_p,
+            sigma=_between(*self.sigma, u[33]) if u[32] < self.blur_p else None,
+            flip=u[34] < self.flip_p,
         )
 
     def apply(self, picture: np.ndarray, params: ViewParams) -> np.ndarray:
@@ -93,13 +94,12 @@ def _random_crop(u, height, width, scale, ratio) -> Tuple[int, int, int, int]:
     Ten attempts at an area (uniform) and an aspect ratio (log-uniform); the first that fits into the picture is placed
     uniformly. If none fits: the largest central crop of an allowed aspect ratio.
     """
-    area = height * width * _between(*scale, u[:10])
-    aspect = np.exp(_between(*np.log(ratio), u[10:20]))
-    heights, widths = np.rint(np.sqrt(area / aspect)), np.rint(np.sqrt(area * aspect))
-    fits = np.flatnonzero((0 < heights) & (heights <= height) & (0 < widths) & (widths <= width))
-    if len(fits):
-        h, w = int(heights[fits[0]]), int(widths[fits[0]])
-        return int(u[20] * (height - h + 1)), int(u[21] * (width - w + 1)), h, w
+    for area, aspect in zip(u[:10], u[10:20]):
+        area = height * width * _between(*scale, area)
+        aspect = math.exp(_between(math.log(ratio[0]), math.log(ratio[1]), aspect))
+        h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+        if 0 < h <= height and 0 < w <= width:
+            return int(u[20] * (height - h + 1)), int(u[21] * (width - w + 1)), h, w
     h = min(height, max(1, round(width / min(ratio))))
     w = min(width, max(1, round(height * max(ratio))))
     return (height - h) // 2, (width - w) // 2, h, w
@@ -109,52 +109,59 @@ def _random_crop(u, height, width, scale, ratio) -> Tuple[int, int, int, int]:
 
 
 def resize(picture: np.ndarray, size: Tuple[int, int]) -> np.ndarray:
-    """Pillow's antialiased BILINEAR: uint8 [H, W, 3] → uint8 [*size, 3]. Sums that are halves may round the other way.
+    """Pillow's antialiased BILINEAR: uint8 [H, W, 3] → uint8 [*size, 3]. Exact to the rounding of the result.
 
-    The weights are a triangle that grows with the factor by which an axis shrinks, where OpenCV's INTER_LINEAR looks at
-    two pixels however much it shrinks, and aliases. As in Pillow columns come first, and are rounded, before rows.
+    Pillow rounds between the axes too, so that it may be a level away. The weights are a triangle that grows with the
+    factor by which an axis shrinks, where OpenCV's INTER_LINEAR looks at two pixels however much it shrinks, and aliases; where no axis shrinks they are the same.
     """
-    columns = _resample_rows(cv2.transpose(picture), size[1])
-    return _resample_rows(cv2.transpose(columns), size[0])
+    height, width = picture.shape[:2]
+    if height <= size[0] and width <= size[1]:  # in floats as fast as in uint8, whose weights of 11 bits darken a little
+        return _round(cv2.resize(picture.astype(np.float32), size[::-1], interpolation=cv2.INTER_LINEAR))
+    planes = np.empty((height, 3, width), np.uint8)  # the colours of a row apart: so both sums are matrix products
+    cv2.split(picture, [planes[:, 0], planes[:, 1], planes[:, 2]])
+    rows = planes.reshape(height, -1).astype(np.float32)
+    some = np.empty((size[0], 3 * width), np.float32)
+    for out, seen, weights in _triangles(height, size[0], 8):
+        np.matmul(weights, rows[seen], out=some[out])
+    some = some.reshape(-1, width)
+    view = np.empty((len(some), size[1]), np.float32)
+    for out, seen, weights in _triangles(width, size[1], 16):
+        np.matmul(some[:, seen], weights.T, out=view[:, out])
+    view = _round(view).reshape(size[0], 3, size[1])
+    return cv2.merge([view[:, 0], view[:, 1], view[:, 2]])
 
 
-def _resample_rows(pixels: np.ndarray, target: int) -> np.ndarray:
-    """uint8 [H, W, 3] → [target, W, 3]. The matrix [target, H] is a narrow band: multiplied block by block along it."""
-    first, weights = _triangle_bands(len(pixels), target)
-    block, k = weights.shape[1:]
-    flat = pixels.reshape(len(pixels), -1)
-    out = np.empty((len(first) * block, flat.shape[1]), np.uint8)
-    product = np.empty((block, flat.shape[1]), np.float32)
-    for i, start in enumerate(first):
-        np.matmul(weights[i], flat[start : start + k].astype(np.float32), out=product)
-        # Rounds to uint8: halves to the even number, but upwards in Pillow; hence the small addition.
-        cv2.convertScaleAbs(product, dst=out[i * block : (i + 1) * block], beta=2**-10)
-    return out[:target].reshape(target, -1, 3)
+def _round(sums):
+    """To uint8. OpenCV rounds halves to the even number, Pillow upwards; hence the small addition."""
+    return cv2.convertScaleAbs(sums, beta=2**-10)
 
 
-@lru_cache(maxsize=128)
-def _triangle_bands(source: int, target: int):
-    """Weights of the output rows in blocks [B, block, k], and the first of the k input rows that each block sees."""
+@lru_cache(maxsize=512)
+def _triangles(source: int, target: int, block: int):
+    """The matrix [target, source] of a resize. It is a narrow band: [(`block` outputs, the inputs they see, weights)]."""
     step = source / target
     support = max(step, 1.0)
-    block = min(16, max(8, 24 * target // source))  # much for BLAS to do, but few input rows that weigh nothing
-    rows = np.minimum(np.arange(-(-target // block) * block), target - 1)  # the last block is filled up
-    centre = (rows.reshape(-1, block, 1) + 0.5) * step
+    outputs = np.arange(-(-target // block) * block).reshape(-1, block)
+    centre = (np.minimum(outputs, target - 1) + 0.5) * step
     k = min(source, int((block - 1) * step + 2 * support + 1.5))
-    first = np.clip((centre[:, 0, 0] - support).astype(int), 0, source - k)
-    distance = first[:, None, None] + np.arange(k) + 0.5 - centre
+    first = np.minimum(np.maximum(centre[:, 0] - support, 0).astype(int), source - k)
+    distance = (first[:, None, None] + 0.5 - centre[:, :, None]) + np.arange(k)
     weights = np.maximum(0, 1 - np.abs(distance) / support)
     weights /= weights.sum(axis=2, keepdims=True)  # at the border the triangle is cut and its rest weighs more
-    return first.tolist(), weights.astype(np.float32)
+    bands = zip(range(0, target, block), first.tolist(), weights.astype(np.float32))
+    return [(slice(i, min(i + block, target)), slice(j, j + k), w[:target - i]) for i, j, w in bands]
 
 
 # --- colour, blur -----------------------------------------------------------------------------------------------------
 
 
+_LEVELS = np.arange(256, dtype=np.float32)
+
+
 def _blend_table(target: float, factor: float) -> np.ndarray:
     """target + factor · (level − target) for the 256 levels. Pillow cuts the fraction off instead of rounding."""
-    levels = np.arange(256, dtype=np.float32)
-    return np.clip(target + np.float32(factor) * (levels - np.float32(target)), 0, 255).astype(np.uint8)
+    blend = target + np.float32(factor) * (_LEVELS - np.float32(target))
+    return np.minimum(np.maximum(blend, 0), 255).astype(np.uint8)
 
 
 def adjust_brightness(view: np.ndarray, factor: float) -> np.ndarray:
