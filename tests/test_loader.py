@@ -68,6 +68,31 @@ def _folder(path, good, bad):
     return FolderSource(str(path))
 
 
+def test_large_jpegs_are_decoded_only_as_large_as_needed(tmp_path, monkeypatch):
+    """The same batches but for the finest detail, and a substitute's views are its own."""
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        picture = cv2.resize(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8), (400 + 40 * i, 300), interpolation=cv2.INTER_CUBIC)
+        cv2.imwrite(str(tmp_path / f"{i}.jpg"), picture)
+    (tmp_path / "3.jpg").write_bytes(b"not a picture")
+    source, sizes = FolderSource(str(tmp_path)), []
+    batches = []
+    for reduced in (True, False):
+        loader = _loader(source, batch_size=6, max_bad_fraction=0.5)
+        picture = source.picture
+
+        def noted(i, fewest):
+            pixels = picture(i, fewest if reduced else lambda *size: fewest(*size) and size)
+            sizes.append(len(pixels))
+            return pixels
+
+        monkeypatch.setattr(source, "picture", noted)
+        batches.append(next(loader.batches(range(1))).astype(float))
+        monkeypatch.undo()
+    assert set(sizes) <= {300, 150, 75, 38} and len(set(sizes)) > 1
+    assert np.abs(batches[0] - batches[1]).mean() < 1
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_broken_picture_is_replaced_counted_and_named(tmp_path, workers):
     told = []
@@ -105,7 +130,7 @@ def test_a_killed_worker_is_one_sentence_and_no_hang():
 
 def test_a_fault_in_a_worker_shows_where(monkeypatch):
     source = SyntheticSource(10)
-    monkeypatch.setattr(source, "picture", lambda index: 1 / 0)
+    monkeypatch.setattr(source, "picture", lambda index, fewest: 1 / 0)
     with pytest.raises(RuntimeError, match="(?s)data worker 0 failed.*ZeroDivisionError"):
         _digest(_loader(source, workers=1), range(2))
 

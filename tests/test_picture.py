@@ -209,3 +209,20 @@ def test_nothing_is_written_to_stderr(tmp_path):
     )
     run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=os.getcwd())
     assert len(run.stdout.splitlines()) == 8 and run.stderr == ""
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("fewest, expected", [((400, 600), (400, 600)), ((201, 300), (400, 600)), ((200, 300), (200, 300)),
+                                              ((130, 160), (200, 300)), ((100, 101), (100, 150)), ((50, 75), (50, 75)), ((1, 1), (50, 75))])
+def test_a_jpeg_is_decoded_no_smaller_than_asked_for(orientation, fewest, expected):
+    """Asked for and answered as it is seen upright."""
+    upright = Image.fromarray(smooth(400, 600))
+    stored = upright.transpose({3: Image.ROTATE_180, 6: Image.ROTATE_90, 8: Image.ROTATE_270}[orientation]) if orientation > 1 else upright
+    data, asked = encode(stored, "JPEG", quality=95, exif=oriented(orientation)), []
+    pixels = decode(data, "large", lambda *size: asked.append(size) or fewest)
+    assert asked == [(400, 600)] and pixels.shape == (*expected, 3)
+    assert np.abs(pixels - np.asarray(upright.resize(expected[::-1], Image.BOX), "float64")).mean() < 2
+
+
+def test_what_is_no_jpeg_is_decoded_in_full():
+    assert decode(encode(PICTURE, "PNG"), "png", lambda *_: pytest.fail("was asked")).shape == (45, 60, 3)

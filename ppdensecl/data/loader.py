@@ -21,7 +21,7 @@ import cv2
 import numpy as np
 
 from ppdensecl.data.picture import UndecodableError
-from ppdensecl.data.views import two_views
+from ppdensecl.data.views import needed, two_views
 from ppdensecl.errors import UserError
 from ppdensecl.rng import Purpose, generator
 
@@ -110,20 +110,30 @@ class PairLoader:
         """Makes a batch in `out` [2, N, h, w, 3]; returns [(sample, name, reason)] of the pictures that were replaced."""
         epoch, bad = batch // len(self), []
         for row, sample in enumerate(samples):
-            picture = self._picture(epoch, int(sample), bad)
-            two_views(picture, self.augmentation, self.seed, epoch, int(sample), out=out[:, row])
+            picture, full = self._picture(epoch, int(sample), bad)
+            two_views(picture, self.augmentation, self.seed, epoch, int(sample), out=out[:, row], full=full)
         return bad
 
     def _picture(self, epoch, sample, bad):
+        """(as many pixels of the sample's picture, or of a substitute, as its views need; (height, width) of the whole)."""
+        full = None
+
+        def fewest(*size):
+            nonlocal full
+            full = size
+            return needed(self.augmentation, *size, self.seed, epoch, sample)
+
         substitutes = None
         index = sample
         while True:
             try:
-                return self.source.picture(index)
+                picture = self.source.picture(index, fewest)
+                return picture, full or picture.shape[:2]
             except UndecodableError as error:
                 bad.append((index, error.name, error.reason))
+                full = None
             if len(bad) > self.allowed_bad + 100:  # not a picture to be found; `_report` ends the run
-                return np.zeros((1, 1, 3), np.uint8)
+                return np.zeros((1, 1, 3), np.uint8), None
             substitutes = substitutes or generator(self.seed, Purpose.REPLACEMENT, epoch, sample)
             index = int(substitutes.integers(len(self.source)))
 

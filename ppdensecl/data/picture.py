@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
+from typing import Callable, Optional, Tuple
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -39,8 +40,11 @@ class UndecodableError(Exception):
         return f"{self.name}: {self.reason}"
 
 
-def decode(data: bytes, name: str) -> np.ndarray:
+def decode(data: bytes, name: str, fewest: Optional[Callable[[int, int], Tuple[int, int]]] = None) -> np.ndarray:
     """The picture in `data` as uint8 [H, W, 3], RGB, upright; `name` is only for the error.
+
+    `fewest(height, width)` is asked how many rows and columns of a JPEG are needed at least; with as many it may come as a
+    half, a quarter or an eighth of its size, which libjpeg decodes that much faster.
 
     The EXIF orientation is applied. Grey, palette and CMYK become RGB; alpha is dropped (the colours under it remain
     as stored); 16-bit samples keep their upper byte; of an animation the first frame counts. Raises UndecodableError
@@ -51,7 +55,7 @@ def decode(data: bytes, name: str) -> np.ndarray:
     try:
         with warnings.catch_warnings():  # on oddities of the file: it can be read or it cannot
             warnings.simplefilter("ignore")
-            return _decode_with_pillow(data, name)
+            return _decode_with_pillow(data, name, fewest)
     except UndecodableError:
         raise
     except UnidentifiedImageError:
@@ -87,13 +91,17 @@ def _check_size(width, height, name):
         raise UndecodableError(name, f"{width} x {height} pixels are more than the limit of {MAX_PIXELS / 1e6:.0f} million")
 
 
-def _decode_with_pillow(data, name):
+def _decode_with_pillow(data, name, fewest):
     picture = Image.open(io.BytesIO(data), formats=_FORMATS)
     _check_size(*picture.size, name)
     kind = picture.format
     if kind == "PNG":
         picture.verify()  # the checksums, which reading alone ignores; it uses the object up
         picture = Image.open(io.BytesIO(data), formats=_FORMATS)
+    elif kind == "JPEG" and fewest:
+        swap = 1 if picture.getexif().get(_ORIENTATION, 1) < 5 else -1  # from 5 on rows are columns
+        rows, columns = fewest(*picture.size[::-swap])[::swap]
+        picture.draft(None, (columns, rows))
     picture.load()
     if kind != "TIFF":  # whose orientation load() has applied
         try:

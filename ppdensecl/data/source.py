@@ -62,9 +62,9 @@ class Source:
         except (OSError, ValueError) as error:  # ValueError: a name that no file can have
             raise UndecodableError(self.name(i), getattr(error, "strerror", None) or str(error)) from None
 
-    def picture(self, i: int) -> np.ndarray:
-        """uint8 [H, W, 3] RGB. Raises UndecodableError."""
-        return decode(self.read(i), self.name(i))
+    def picture(self, i: int, fewest=None) -> np.ndarray:
+        """uint8 [H, W, 3] RGB; smaller where `fewest` allows it, see `decode`. Raises UndecodableError."""
+        return decode(self.read(i), self.name(i), fewest)
 
     def fingerprint(self) -> str:
         """Over the names relative to the root, so that it does not depend on where the data is mounted."""

@@ -5,7 +5,7 @@ Every source is a sequence of pictures in an order that depends on the data alon
     len(source)            how many pictures
     source.name(i)         what to call picture i in a message to the user
     source.read(i)         its encoded bytes
-    source.picture(i)      its pixels, uint8 [H, W, 3] RGB
+    source.picture(i)      its pixels, uint8 [H, W, 3] RGB; source.picture(i, fewest): a JPEG's maybe fewer, see `picture.decode`
     source.fingerprint()   a hex digest by which processes see that they have the same list
 
 Opening bad input raises UserError; a picture that is gone or broken raises UndecodableError when it is read. Sources may

@@ -49,8 +49,8 @@ class SyntheticSource:
     def name(self, i: int) -> str:
         return f"synthetic scene {i} of seed {self.seed}"
 
-    def picture(self, i: int) -> np.ndarray:
-        """uint8 [H, W, 3], RGB."""
+    def picture(self, i: int, fewest=None) -> np.ndarray:
+        """uint8 [H, W, 3], RGB, in full."""
         return self.scene(i).picture
 
     def read(self, i: int) -> bytes:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Optional, Tuple
 
+from PIL import Image
+
 import cv2
 import numpy as np
 
@@ -69,12 +71,22 @@ class Augmentation:
             flip=u[34] < self.flip_p,
         )
 
-    def apply(self, picture: np.ndarray, params: ViewParams) -> np.ndarray:
-        """The view `params` of `picture`: uint8 [H, W, 3] → uint8 [*size, 3], a new array."""
+    def fewest(self, height: int, width: int, views) -> Tuple[int, int]:
+        """How many rows and columns of a picture of `height` × `width` pixels these views (ViewParams) need: so many that
+        each of their crops still has a view's size."""
+        shrink = max(1.0, min(extent / size for p in views for extent, size in zip((p.height, p.width), self.size)))
+        return math.ceil(height / shrink), math.ceil(width / shrink)
+
+    def apply(self, picture: np.ndarray, params: ViewParams, full: Optional[Tuple[int, int]] = None) -> np.ndarray:
+        """The view `params` of `picture`: uint8 [H, W, 3] → uint8 [*size, 3], a new array. `full` is the (height, width)
+        that it had, and that the params are of, if it is a reduced one."""
         if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
             raise ValueError(f"a picture is uint8 [H, W, 3], not {picture.dtype} {list(picture.shape)}")
         p = params
-        view = resize(picture[p.top : p.top + p.height, p.left : p.left + p.width], self.size)
+        if full in (None, picture.shape[:2]):
+            view = resize(picture[p.top : p.top + p.height, p.left : p.left + p.width], self.size)
+        else:
+            view = _resize_reduced(picture, p, full, self.size)
         for part, factor in p.jitter or ():
             view = ADJUST[part](view, factor)
         if p.gray:
@@ -129,6 +141,16 @@ def resize(picture: np.ndarray, size: Tuple[int, int]) -> np.ndarray:
         np.matmul(some[:, seen], weights.T, out=view[:, out])
     view = _round(view).reshape(size[0], 3, size[1])
     return cv2.merge([view[:, 0], view[:, 1], view[:, 2]])
+
+
+def _resize_reduced(picture, p, full, size):
+    """The crop `p` of a picture that had the size `full`: its borders lie between the pixels that are left."""
+    factor = round(max(full) / max(picture.shape))  # the last row and column may stand for fewer pixels than that
+    top, left, bottom, right = (x / factor for x in (p.top, p.left, p.top + p.height, p.left + p.width))
+    above, before = int(top), int(left)
+    part = picture[above : math.ceil(bottom), before : math.ceil(right)]
+    box = (left - before, top - above, right - before, bottom - above)
+    return np.asarray(Image.fromarray(part).resize(size[::-1], Image.BILINEAR, box=box))
 
 
 def _round(sums):

@@ -17,17 +17,26 @@ def draw_views(
 
 
 def two_views(
-    picture: np.ndarray, augmentation: Augmentation, seed: int, epoch: int, index: int, out: Optional[np.ndarray] = None
+    picture: np.ndarray, augmentation: Augmentation, seed: int, epoch: int, index: int, out: Optional[np.ndarray] = None,
+    full: Optional[Tuple[int, int]] = None
 ) -> np.ndarray:
     """The query view and the key view: uint8 [H, W, 3] → uint8 [2, h, w, 3], a pure function of its arguments.
 
-    With `out` (uint8 [2, h, w, 3], of any layout, e.g. a slot of a batch in shared memory) they are written there.
+    With `out` (uint8 [2, h, w, 3], of any layout, e.g. a slot of a batch in shared memory) they are written there. `full` is
+    the (height, width) of the picture if these are fewer pixels, see `needed`.
     """
     if out is None:
         out = np.empty((2, *augmentation.size, 3), np.uint8)
-    for view, params in zip(out, draw_views(augmentation, *picture.shape[:2], seed, epoch, index)):
-        view[...] = augmentation.apply(picture, params)
+    for view, params in zip(out, draw_views(augmentation, *(full or picture.shape[:2]), seed, epoch, index)):
+        view[...] = augmentation.apply(picture, params, full)
     return out
+
+
+def needed(augmentation: Augmentation, height: int, width: int, seed: int, epoch: int, index: int) -> Tuple[int, int]:
+    """The rows and columns that `two_views` of a picture of `height` × `width` pixels needs at least."""
+    if height < 2 * augmentation.size[0] or width < 2 * augmentation.size[1]:
+        return height, width  # not worth a draw: half of it is too little for any crop
+    return augmentation.fewest(height, width, draw_views(augmentation, height, width, seed, epoch, index))
 
 
 def grid_correspondence(query: ViewParams, key: ViewParams, grid: Tuple[int, int]) -> Tuple[np.ndarray, np.ndarray]:
