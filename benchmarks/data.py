@@ -178,9 +178,9 @@ def report(found, given):
             middle.barh(place + shift, parts[way].values(), 0.4, label=way, color=colours[way.split(",")[0]])
         middle.set(xlabel="CPU ms a pair", yticks=place, yticklabels=[*PARTS, "rest"])
         middle.invert_yaxis()
-        middle.legend()
+        middle.legend(loc=(0.56, 0.28), fontsize=8)
         right.plot(WORKERS, loading.values(), "o-", color="tab:blue")
-        right.set(xlabel="worker processes (0: in the caller)", ylabel="pairs / s of PairLoader, JPEG", ylim=0, xticks=WORKERS)
+        right.set(xlabel="worker processes", ylabel="pairs / s of PairLoader, JPEG", ylim=0, xticks=WORKERS)
         right.grid(alpha=0.3)
 
     measure.write("data", {"pairs_per_second_and_core": rates, "ratio": ratio, "ms_per_pair": parts,

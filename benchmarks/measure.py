@@ -41,30 +41,54 @@ def serve(once):
         print(json.dumps(answer), file=answers, flush=True)
 
 
-def in_turn(ways, rounds, warm=1):
-    """{name: (command, environment)} → {name: [answer]} of `rounds` rounds in alternation, after `warm` that do not count."""
-    running, found = {}, {name: [] for name in ways}
-    for name, (command, environment) in ways.items():
-        running[name] = subprocess.Popen([str(part) for part in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                                         env={**os.environ, **environment})
+class _Way:
+    def __init__(self, name, command, environment):
+        self.name = name
+        self.process = subprocess.Popen([str(part) for part in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                        env={**os.environ, **environment})
+
+    def turn(self):
+        try:
+            self.process.stdin.write("go\n")
+            self.process.stdin.flush()
+            answer = self.process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            sys.exit(f"error: '{self.name}' ended with status {self.process.wait()}")
+        time.sleep(0.25)  # until its OpenMP threads spin no more
+        return json.loads(answer)
+
+    def end(self):
+        self.process.stdin.close()  # it leaves `serve`, and so do the processes that it has started
+        try:
+            self.process.wait(5)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def in_turn(ways, rounds, warm=1, together=True):
+    """{name: (command, environment)} → {name: [answer]} of `rounds` rounds in alternation, after `warm` that do not count.
+
+    Not together, each turn is a process of its own, which warms up first: for ways that do not fit into memory side by side.
+    """
+    found, running = {name: [] for name in ways}, {}
     try:
-        for turn in range(warm + rounds):
-            for name, process in running.items():
-                try:
-                    process.stdin.write("go\n")
-                    process.stdin.flush()
-                    answer = process.stdout.readline()
-                except BrokenPipeError:
-                    answer = ""
-                if not answer:
-                    sys.exit(f"error: '{name}' ended with status {process.wait()}")
-                if turn >= warm:
-                    found[name].append(json.loads(answer))
-                time.sleep(0.25)  # until its OpenMP threads spin no more
+        for turn in range(warm + rounds if together else rounds):
+            for name, (command, environment) in ways.items():
+                way = running[name] = running.get(name) or _Way(name, command, environment)
+                if not together:
+                    for _ in range(warm):
+                        way.turn()
+                answer = way.turn()
+                if not together:
+                    running.pop(name).end()
+                if not together or turn >= warm:
+                    found[name].append(answer)
     finally:
-        for process in running.values():
-            process.kill()
-            process.wait()
+        for way in running.values():
+            way.end()
     return found
 
 

@@ -1,4 +1,4 @@
-"""One training step, ResNet-50, 224 px, queues of 65536: python benchmarks/step.py [--batches 8 32] [--rounds 5]
+"""One training step, ResNet-50, 224 px, queues of 65536: python benchmarks/step.py [--batches 8 32] [--rounds 4]
 
 Ours in one process, ours in one process per core (each with its share of the batch; the gradients are averaged), the same step as
 Paddle code has it usually (all logits side by side, the key encoder updated tensor by tensor), and the authors' in PyTorch. From
@@ -174,7 +174,7 @@ def pytorch(batch):
     return once
 
 
-KEEP = str(2**33)  # bytes: malloc gives nothing back, as `ppdensecl.engine.device` has it for ours
+KEEP = str(2**33)  # bytes: malloc gives nothing back, as `ppdensecl.memory` has it for ours
 WAYS = {  # name: (function of the batch, environment)
     "ours": (ours, {}),
     "ours, recompute=1": (partial(ours, recompute=1), {}),
@@ -192,7 +192,7 @@ PEERS = ("PyTorch", "usual Paddle", "usual Paddle, as it comes")
 def measured(names, batch, rounds):
     """{way: its answers}."""
     return measure.in_turn({name: ([sys.executable, __file__, "--way", name, "--batches", batch], WAYS[name][1]) for name in names},
-                           rounds)
+                           rounds, together=batch <= 16)
 
 
 def main():
@@ -220,9 +220,7 @@ def main():
             for name in names:
                 points = [(row[0], float(row[column])) for row in rows if row[1] == name]
                 axes.plot(*zip(*points), "o-", label=name)
-            axes.set(xlabel="pictures a step", ylabel=title, xscale="log", yscale="log")
-            axes.set_xticks(arguments.batches, arguments.batches)
-            axes.minorticks_off()
+            axes.set(xlabel="pictures a step", ylabel=title, xticks=arguments.batches, ylim=(0, None))
             axes.grid(alpha=0.3)
         figure.legend(*axes.get_legend_handles_labels(), fontsize=8, loc="outside right")
 

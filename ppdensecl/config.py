@@ -51,7 +51,7 @@ class DataConfig(Section):
     synthetic_count: int = Field(1024, ge=1)  # pictures of source synthetic
     image_size: Union[Side, Annotated[List[Side], Field(min_length=2, max_length=2)]] = 224  # or [height, width]
     batch_size: int = Field(32, ge=1)  # per process
-    workers: int = Field(4, ge=0)  # per process; 0 loads in the training process
+    workers: Optional[int] = Field(None, ge=0)  # per process; 0 loads in the training process, null: as suits the machine
     max_bad_fraction: float = Field(0.01, ge=0, le=1)  # of pictures that cannot be decoded
 
     @property

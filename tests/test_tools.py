@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
@@ -198,3 +200,7 @@ def test_importing_the_library_imports_no_extra(run_tool):
             "print(sorted(extras & set(sys.modules)))")
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert result.stdout.strip() == "[]", result.stdout + result.stderr
+
+
+def test_the_page_on_speed_has_the_tables_that_were_measured():
+    assert subprocess.run([sys.executable, "benchmarks/page.py", "--check"], cwd=ROOT).returncode == 0, "run benchmarks/page.py"

@@ -17,7 +17,7 @@ import pytest
 from ppdensecl.config import load_config
 from ppdensecl.data.loader import PairLoader
 from ppdensecl.data.transforms import Augmentation
-from ppdensecl.engine import checkpoint
+from ppdensecl.engine import checkpoint, device
 from ppdensecl.engine.trainer import Trainer, build_model
 from ppdensecl.models import DenseCL
 
@@ -333,3 +333,26 @@ def _until(true, process, out):
     while not true():
         assert time.monotonic() < limit and (process is None or process.poll() is None), out.read_text()
         time.sleep(0.2)
+
+
+def test_a_step_between_two_log_lines_never_waits_for_the_device(tmp_path, monkeypatch):
+    """Nothing is read back: a number that the host wants to see makes it wait until all that was asked for is computed."""
+    trainer = Trainer(load_config(ROOT / TINY[1], [*TINY[3:], f"output_dir={tmp_path}", "log.interval=1000", "optim.epochs=2",
+                                                   "model.bn_groups=2", "optim.accumulate=2", "save.interval_iters=null"]))
+    reads, steps = [], []
+    for name in ("numpy", "item", "tolist", "__float__", "__int__", "__bool__", "__index__", "__array__"):
+        def read(tensor, *arguments, plain=getattr(paddle.Tensor, name), name=name):
+            reads.append((trainer.iteration, name))
+            return plain(tensor, *arguments)
+        monkeypatch.setattr(paddle.Tensor, name, read)
+    monkeypatch.setattr(Trainer, "_log", lambda self, *_: steps.append(self.iteration))
+    monkeypatch.setattr(Trainer, "_save_if_due", lambda self, losses: False)
+    trainer.fit()
+    assert trainer.iteration == 4 and not reads, reads
+
+
+@pytest.mark.parametrize("cores, processes, where, expected", [(2, 1, "cpu", 1), (64, 8, "gpu:0", 7), (96, 4, "gpu:3", 8), (2, 4, "gpu:0", 1)])
+def test_the_data_workers_suit_the_machine(monkeypatch, cores, processes, where, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(cores))
+    monkeypatch.setenv("PADDLE_LOCAL_SIZE", str(processes))
+    assert device.workers(where) == expected

@@ -7,7 +7,6 @@ worker could keep. Views are a pure function of (seed, epoch, sample, view), so 
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import mmap
 import multiprocessing
@@ -23,11 +22,11 @@ import numpy as np
 from ppdensecl.data.picture import UndecodableError
 from ppdensecl.data.views import needed, two_views
 from ppdensecl.errors import UserError
+from ppdensecl.memory import keep_freed_memory
 from ppdensecl.rng import Purpose, generator
 
 AHEAD = 2  # batches under way per worker
 PATIENCE = 60  # seconds of waiting for one batch between two warnings
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 LOGGER = logging.getLogger("ppdensecl")
 
 
@@ -229,15 +228,9 @@ def _state(pid):
 
 
 def settle():
-    """Makes a process good at making views: one thread, and memory that stays.
-
-    glibc would give back to the system what a view's arrays took and fetch it again for the next: a sixth of the time.
-    """
+    """Makes a process good at making views: one thread, and memory that stays."""
     cv2.setNumThreads(0)
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
-        libc.mallopt(_M_TRIM_THRESHOLD, 64 << 20)
+    keep_freed_memory()
 
 
 def _work(loader, slots, connection, inherited):

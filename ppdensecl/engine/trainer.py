@@ -88,8 +88,9 @@ class Trainer:
         config = self.config
         if parallel.is_main():
             self.lock = run_folder.take(self.folder, resume, overwrite)
+        workers = device.workers(where) if config.data.workers is None else config.data.workers
         LOGGER.info(f"ppdensecl {ppdensecl.__version__}, paddlepaddle {paddle.__version__}, device {where}, "
-                    f"{parallel.world_size()} process(es), {device.threads()} CPU thread(s) each")
+                    f"{parallel.world_size()} process(es), {device.threads()} CPU thread(s) and {workers} data worker(s) each")
         if config.optim.amp != "off" and where == "cpu":
             raise UserError(f"'optim.amp' is '{config.optim.amp}', but Paddle's autocast does nothing on the CPU; use off")
 
@@ -117,7 +118,7 @@ class Trainer:
         # Last of what can fail: it starts the worker processes.
         with unsignalled():
             self.loader = PairLoader(
-                source, Augmentation(size=config.data.size), config.data.batch_size, config.seed, config.data.workers,
+                source, Augmentation(size=config.data.size), config.data.batch_size, config.seed, workers,
                 parallel.rank(), parallel.world_size(), config.data.max_bad_fraction, self._warn_of_bad_picture)
         # Before Python's own way to end child processes, which is SIGTERM.
         atexit.register(self.loader.close)
