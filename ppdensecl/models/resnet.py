@@ -115,8 +115,11 @@ class ResNet(nn.Layer):
         """x [N, 3, H, W] float → the last stage's map [N, C, H/output_stride, W/output_stride]."""
         x = recompute(self._stem, [self.conv1, self.bn1], x) if self.recompute else self._stem(x)
         for number, stage in enumerate(self._stages()):
+            if number >= self.recompute:
+                x = stage(x)
+                continue
             for block in stage:
-                x = recompute(block, [block], x) if number < self.recompute else block(x)
+                x = recompute(block, [block], x)
         return x
 
     def stages(self, x):

@@ -53,7 +53,8 @@ WORDS = ["", " ", "~", "null", "true", "yes", "-1", "0", "1e400", "-.inf", ".nan
          "08", "é日本", "\u202e", "[]", "{}", "[[[[]]]]", "[64, 64]", "[64, 64, 64]", "{a: b}", "!!python/name:os.system",
          "!!binary aGk=", "!!python/object/apply:os.system ['touch trace']", "!!set {a, b}", "!!timestamp 2020-01-01",
          "!!int x", "!!float []", "2020-01-01", "&a [*a]", "*a", "'unclosed", "\"\\ud800\"", "| \n  text", "<<",
-         "!!omap [a: 1]", "? x", "- a", "#", "%YAML 9.9", "\0", "\t", "--- a"]
+         "!!omap [a: 1]", "? x", "- a", "#", "%YAML 9.9", "\0", "\t", "--- a",
+         *("1", "2", "4", "0.5", "false") * 4]  # which many keys accept: what comes behind the first check has to be reached
 
 
 def recursive_bases(rng, folder):
