@@ -1,44 +1,96 @@
 """Scores a frozen backbone beside a random one:
-python tools/eval.py -c output/RUN/config.yaml --checkpoint output/RUN/latest --task retrieval"""
+python tools/eval.py -c output/RUN/config.yaml --checkpoint output/RUN/latest --task retrieval
+Of the config count data.image_size, seed, device, and data.source where no labelled pictures are given; see docs/probes.md."""
 
 import json
+import shlex
+import sys
+import time
 from pathlib import Path
 
 import command_line
 
+from ppdensecl.errors import UserError
 
-def main():
+TASKS = {"knn": "class by nearest neighbours: of --train/--test pictures, or of objects of the synthetic scenes",
+         "retrieval": "the other view of a picture", "correspondence": "dense matches within one cell of the truth",
+         "linear": "a linear layer on pooled features", "svm": "VOC2007 classification, also low-shot; needs scikit-learn",
+         "semi": "fine-tuning on 1 %% and 10 %% of the labels", "dense": "a 1x1 convolution on feature maps segments pictures"}
+
+
+def read_arguments():
     parser = command_line.parser(__doc__)
     parser.add_argument("--checkpoint", required=True, help="path without suffix, or a .pdparams (also an extracted backbone)")
-    parser.add_argument("--task", required=True, choices=["knn", "retrieval", "correspondence"],
-                        help="knn: class of objects of the synthetic scenes; retrieval: the other view of a picture; "
-                        "correspondence: dense matches within one cell of the truth")
-    parser.add_argument("--count", type=int, default=400, help="pictures (default %(default)s)")
+    parser.add_argument("--task", required=True, choices=TASKS, help="; ".join(f"{name}: {what}" for name, what in TASKS.items()))
     parser.add_argument("--out", help="also write the result as JSON to this file")
+    parser.add_argument("--count", type=int, help="pictures or scenes where none are listed (default 400)")
+    data = parser.add_argument_group("labelled pictures")
+    data.add_argument("--train", metavar="DIR", help="a folder of pictures for each class")
+    data.add_argument("--test", metavar="DIR", help="the same, for the score")
+    data.add_argument("--train-list", metavar="FILE", help="lines `path label`; for dense `image label-map`")
+    data.add_argument("--test-list", metavar="FILE")
+    data.add_argument("--root", metavar="DIR", help="what listed paths are relative to (default: the list's folder)")
+    data.add_argument("--voc07", metavar="DIR", help="svm: VOCdevkit/VOC2007")
+    data.add_argument("--shuffle-labels", action="store_true", default=None, help="the control: the scores must be chance")
+    probe = parser.add_argument_group("features and probes")
+    probe.add_argument("--size", type=int, nargs="+", help="pixels, one or height and width (default data.image_size)")
+    probe.add_argument("--stage", type=int, help="of the backbone, from 1 (default: the last)")
+    probe.add_argument("--cache", metavar="DIR", help="where features are kept (default output/features)")
+    probe.add_argument("--neighbours", type=int, nargs="+", help="knn (default 10 20 100 200; 20 is the score)")
+    probe.add_argument("--temperature", type=float, help="knn (default 0.07)")
+    probe.add_argument("--lr", type=float, nargs="+",
+                       help="linear 30 (of several the best on a held-out tenth), semi 0.01, dense 0.1")
+    probe.add_argument("--epochs", type=int, help="linear 100, semi and dense 20")
+    probe.add_argument("--batch-size", type=int, help="linear 256, semi 64, dense 16")
+    probe.add_argument("--augment", action="store_true", default=None, help="linear: new random crops in each epoch, the recipe")
+    probe.add_argument("--costs", type=float, nargs="+", help="svm: to choose from by cross-validation")
+    probe.add_argument("--low-shot", type=int, nargs="*", help="svm: positives per class (default 1 2 4 8 16 32 64 96)")
+    probe.add_argument("--low-shot-costs", type=float, nargs="+", help="svm (default 0.01 0.1 1 10 100)")
+    probe.add_argument("--samples", type=int, help="svm: draws for each low-shot number (default 5)")
+    probe.add_argument("--fraction", type=float, nargs="+", help="semi: shares of the labels (default 0.01 0.1)")
+    probe.add_argument("--head-lr-multiplier", type=float, help="semi (default 10)")
+    probe.add_argument("--classes", type=int, help="dense (default: the highest training label + 1)")
     arguments = parser.parse_args()
-    config = command_line.read_config(arguments)
-    if arguments.count < 2:
+    if arguments.count is not None and arguments.count < 2:
         parser.error("--count must be at least 2")
     if arguments.out and not Path(arguments.out).resolve().parent.is_dir():
         parser.error(f"--out {arguments.out}: there is no such folder")
-    from ppdensecl.engine import device
-    from ppdensecl.engine.trainer import build_source
-    from ppdensecl.evaluation import features
-    from ppdensecl.evaluation.tasks import TASKS
+    return arguments
 
+
+def main():
+    arguments = read_arguments()
+    config = command_line.read_config(arguments)
+    from ppdensecl.engine import checkpoint, device
+    from ppdensecl.evaluation import features, tasks
+
+    started = time.monotonic()
+    options = tasks.resolve(arguments.task, {option: getattr(arguments, option) for option in tasks.OPTIONS})
     device.select(config.device)
-    source = build_source(config)
+    score = tasks.TASKS[arguments.task](options, config)
     trained = features.load_backbone(arguments.checkpoint)
     fresh = features.random_backbone(trained.depth, len(trained.feat_channels), config.seed)
-    backbones = {"trained": trained, "random": fresh}
-    result = {"task": arguments.task, "checkpoint": arguments.checkpoint, "count": arguments.count, "seed": config.seed}
-    for name, backbone in backbones.items():
-        scores = TASKS[arguments.task](backbone, source, config.data, config.seed, arguments.count)
+    result = {"task": arguments.task, "checkpoint": arguments.checkpoint, "seed": config.seed, "options": vars(options)}
+    if hasattr(options, "count"):
+        result["count"] = options.count
+    details = {name: score(backbone) for name, backbone in (("trained", trained), ("random", fresh))}
+    for name, scores in details.items():
         result[name], result["chance"] = scores["accuracy"], scores["chance"]
-    print(f"{arguments.task}: trained {100 * result['trained']:.1f} %, random start {100 * result['random']:.1f} %, "
-          f"chance {100 * result['chance']:.1f} %")
+    print(_line(arguments.task, result["trained"], result["random"]) + f", chance {100 * result['chance']:.1f} %")
+    for name, share in details["trained"].get("shown", {}).items():
+        print(_line(f"  {name}", share, details["random"]["shown"][name]))
     if arguments.out:
-        Path(arguments.out).write_text(json.dumps(result, indent=1), encoding="utf-8")
+        result = {**result, "details": details, "command": shlex.join(sys.argv), "config": config.model_dump(),
+                   "checkpoint_sha256": checkpoint.sha256_of(features.weights_file(arguments.checkpoint)),
+                   "environment": tasks.environment(), "seconds": round(time.monotonic() - started, 1)}
+        try:
+            Path(arguments.out).write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--out {arguments.out}: cannot be written ({error.strerror})") from None
+
+
+def _line(name, trained, random):
+    return f"{name}: trained {100 * trained:.1f} %, random start {100 * random:.1f} %"
 
 
 if __name__ == "__main__":

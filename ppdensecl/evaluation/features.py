@@ -1,20 +1,35 @@
-"""Frozen features: a backbone from any checkpoint, and what it says about pictures."""
+"""Frozen features: a backbone from any checkpoint, and what it says about pictures.
+
+`extract` is what all probes stand on: one pass of a frozen backbone over a list of pictures, streamed to a .npy file and read
+back as a memory map. The file's name is a digest of all that decides its contents, so that a second probe of the same
+backbone on the same pictures extracts nothing; it has that name only when it is whole.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
+import json
+import os
 import re
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import cv2
 import numpy as np
 import paddle
 
-from ppdensecl.engine import checkpoint
+from ppdensecl.data.picture import UndecodableError
+from ppdensecl.data.transforms import resize
+from ppdensecl.engine import checkpoint, device
 from ppdensecl.errors import UserError
 from ppdensecl.models import ResNet
 from ppdensecl.models.densecl import normalise
 from ppdensecl.models.resnet import BLOCKS
 
 _PREFIX = "encoder_q.backbone."
+_FORMAT = 1  # of what the cache holds; raised when a view or the normalisation changes
 
 
 def load_backbone(path):
@@ -30,6 +45,11 @@ def load_backbone(path):
     checkpoint.set_weights(backbone, arrays, path)
     backbone.eval()
     return backbone
+
+
+def weights_file(path):
+    """The file that `load_backbone` reads."""
+    return str(path) if os.path.isfile(path) else f"{path}.pdparams"
 
 
 def architecture(arrays, path):
@@ -69,3 +89,133 @@ def pooled(backbone, pictures, size, batch_size=64):
             flush()
     flush()
     return np.concatenate(found)
+
+
+# --- the views that probes look at ------------------------------------------------------------------------------------
+
+
+def centre(picture, size):
+    """The usual test view: the short side to 8/7 of the view (256 for 224), antialiased, and the middle cut out.
+
+    uint8 [H, W, 3] → uint8 [*size, 3].
+    """
+    scale = max(round(8 / 7 * side) / extent for side, extent in zip(size, picture.shape))
+    picture = resize(picture, tuple(max(side, round(scale * extent)) for side, extent in zip(size, picture.shape)))
+    top, left = ((extent - side) // 2 for side, extent in zip(size, picture.shape))
+    return np.ascontiguousarray(picture[top : top + size[0], left : left + size[1]])
+
+
+def whole(picture, size):
+    """All of the picture, squeezed into the view: uint8 [H, W, 3] → uint8 [*size, 3]."""
+    return resize(picture, size)
+
+
+def batches(pictures, groups, view):
+    """uint8 [b, h, w, 3] for each group of indices: view(picture, index) of these pictures, decoded by threads one group ahead.
+
+    Raises UserError for a picture that cannot be decoded: leaving it out would be a score of other data.
+    """
+    def one(index):
+        try:
+            return view(pictures.picture(index), index)
+        except UndecodableError as error:
+            raise UserError(f"{error}; a probe needs every picture that it is given: mend it, or take it out") from None
+
+    with ThreadPoolExecutor(device.threads()) as pool:
+        waiting = deque()
+        try:
+            for group in groups:
+                waiting.append([pool.submit(one, int(index)) for index in group])
+                if len(waiting) > 1:
+                    yield np.stack([job.result() for job in waiting.popleft()])
+            while waiting:
+                yield np.stack([job.result() for job in waiting.popleft()])
+        finally:
+            for job in (job for group in waiting for job in group):
+                job.cancel()
+
+
+def in_order(count, batch_size=64):
+    """All of `count` pictures in their order, in groups for `batches`."""
+    return [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+
+
+# --- features on disk -------------------------------------------------------------------------------------------------
+
+
+@paddle.no_grad()
+def features(backbone, views, stage=None, pooling="mean"):
+    """uint8 [n, h, w, 3] → float32 of one stage (1 to 4; None for the last): pooling mean [n, C], map [n, C, h', w']."""
+    x = normalise(paddle.to_tensor(views))
+    found = backbone(x) if stage is None else backbone.stages(x)[stage - 1]
+    return (found.mean([2, 3]) if pooling == "mean" else found).numpy()
+
+
+def digest(backbone):
+    """sha256 of a backbone's names and numbers: the same for a checkpoint and for what was extracted from it."""
+    sha256 = hashlib.sha256()
+    for name, value in sorted(backbone.state_dict().items()):
+        value = value.numpy()
+        sha256.update(f"{name} {value.dtype} {value.shape} ".encode())
+        sha256.update(np.ascontiguousarray(value))
+    return sha256.hexdigest()
+
+
+def extract(backbone, pictures, size, folder, stage=None, pooling="mean", view=centre):
+    """Features of all pictures in their order: (memory map as from `features`, how many were computed now: all or 0).
+
+    Args:
+        pictures: a source with a `fingerprint` that changes when a picture does, see `labelled.Labelled`.
+        size: (height, width) of the view.
+        folder: of the cache; made where it does not exist.
+        view: `centre` or `whole`.
+
+    Raises UserError where a picture or the disk fails, or another process is writing the same file.
+    """
+    stage = stage or len(backbone.feat_channels)
+    if not 1 <= stage <= len(backbone.feat_channels):
+        raise UserError(f"--stage {stage}: this backbone has the stages 1 to {len(backbone.feat_channels)}")
+    key = {"format": _FORMAT, "weights": digest(backbone), "pictures": pictures.fingerprint(), "view": view.__name__,
+           "size": list(size), "stage": stage, "pooling": pooling, "paddle": paddle.__version__, "device": paddle.get_device()}
+    path = Path(folder) / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]}.npy"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            return _read(path), 0
+        _write(path, len(pictures), (features(backbone, views, stage, pooling) for views in batches(
+            pictures, in_order(len(pictures)), lambda picture, _: view(picture, size))))
+        return _read(path), len(pictures)
+    except BlockingIOError:
+        raise UserError(f"{path}: another process is extracting these features; wait for it, or give another --cache") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}; the features of a probe are kept there: free some space, or give "
+                        "another --cache") from None
+
+
+def _read(path):
+    try:
+        return np.load(path, mmap_mode="r")
+    except ValueError:
+        raise UserError(f"{path}: damaged; delete it, and the features are computed again") from None
+
+
+def _write(path, count, parts):
+    """Writes float32 parts [b, …] of `count` rows in all as one .npy. An interrupted run leaves only the .part, which the
+    next one writes anew: written, not mapped, so that a full disk is an error and not a signal."""
+    with open(path.with_suffix(".part"), "ab") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.exists(file.name) or not os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):
+            raise BlockingIOError  # somebody finished and renamed it between the opening and the lock
+        file.truncate(0)
+        written = 0
+        for part in parts:
+            if not written:
+                np.lib.format.write_array_header_1_0(
+                    file, {"descr": "<f4", "fortran_order": False, "shape": (count, *part.shape[1:])})
+            file.write(np.ascontiguousarray(part, "<f4"))
+            written += len(part)
+        if written != count:
+            raise ValueError(f"{written} of {count} pictures")
+        file.flush()
+        os.fsync(file.fileno())
+        os.replace(file.name, path)  # while it is locked

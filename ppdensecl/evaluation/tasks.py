@@ -1,41 +1,245 @@
-"""The checks that tools/eval.py offers: each takes a frozen backbone and the data section of a config, and gives numbers."""
+"""The checks that tools/eval.py offers. Each reads its data by options and config, and gives a function that scores a frozen
+backbone: {"accuracy": the score in 0..1, "chance", and more for the JSON}; "shown" are further scores worth a line."""
+
+import platform
+from importlib import metadata
+from types import SimpleNamespace
 
 import numpy as np
+import paddle
 
+import ppdensecl
 from ppdensecl.data.sources import spread
 from ppdensecl.data.synthetic import SyntheticSource
 from ppdensecl.data.transforms import Augmentation
 from ppdensecl.data.views import two_views
+from ppdensecl.engine.trainer import build_source
 from ppdensecl.errors import UserError
-from ppdensecl.evaluation import correspondence, features, knn, objects
+from ppdensecl.evaluation import correspondence, dense, features, knn, labelled, linear, objects, semi, svm
+
+LABELS = ("knn", "linear", "semi")  # a class for each picture
+# Which task has which option, and its value when none is given.
+OPTIONS = {
+    "count": dict.fromkeys(("knn", "retrieval", "correspondence"), 400),
+    "train": dict.fromkeys(LABELS), "test": dict.fromkeys(LABELS),
+    "train_list": dict.fromkeys((*LABELS, "dense")), "test_list": dict.fromkeys((*LABELS, "dense")),
+    "root": dict.fromkeys((*LABELS, "dense")), "voc07": {"svm": None},
+    "size": dict.fromkeys((*LABELS, "svm", "dense")),
+    "stage": dict.fromkeys(("knn", "linear", "svm", "dense")),
+    "cache": dict.fromkeys(("knn", "linear", "svm", "dense"), "output/features"),
+    "shuffle_labels": dict.fromkeys((*LABELS, "svm", "dense"), False),
+    "neighbours": {"knn": [10, 20, 100, 200]}, "temperature": {"knn": 0.07},
+    "lr": {"linear": [30.0], "semi": [0.01], "dense": [0.1]},
+    "epochs": {"linear": 100, "semi": 20, "dense": 20},
+    "batch_size": {"linear": 256, "semi": 64, "dense": 16},
+    "augment": {"linear": False},
+    "costs": {"svm": list(svm.COSTS)}, "low_shot_costs": {"svm": list(svm.LOW_SHOT_COSTS)},
+    "low_shot": {"svm": list(svm.SHOTS)}, "samples": {"svm": 5},
+    "fraction": {"semi": [0.01, 0.1]}, "head_lr_multiplier": {"semi": 10.0},
+    "classes": {"dense": None},
+}
+_BOUNDS = {  # (least, greatest); the least of those in brackets is not allowed itself
+    "size": (32, 4096), "neighbours": (1, 10**6), "temperature": ((0,), 100), "lr": ((0,), 1e6), "epochs": (1, 10**5),
+    "batch_size": (1, 10**6), "costs": ((0,), 1e9), "low_shot_costs": ((0,), 1e9), "low_shot": (1, 10**6), "samples": (1, 1000),
+    "fraction": ((0,), 1), "head_lr_multiplier": ((0,), 1e6), "classes": (2, 255), "stage": (1, 4)}
 
 
-def knn_objects(backbone, source, data, seed, count):
-    """Class of an object of the synthetic scenes by its neighbours; bank and queries are scenes that training never saw."""
+def _check_bounds(option, values):
+    least, greatest = _BOUNDS[option]
+    for value in values if isinstance(values, list) else [values]:
+        open_below = isinstance(least, tuple)
+        if not (value > least[0] if open_below else value >= least) or not value <= greatest:
+            raise UserError(f"--{option.replace('_', '-')} {value:g}: expected a number {'above' if open_below else 'from'} "
+                            f"{least[0] if open_below else least} to {greatest:g}")
+
+
+def resolve(task, given):
+    """The options of a task, from {option: value or None}. Raises UserError for one that the task does not have or allow."""
+    for option, value in given.items():
+        if value is not None and task not in OPTIONS[option]:
+            raise UserError(f"--{option.replace('_', '-')} is not used by --task {task}, but by {', '.join(OPTIONS[option])}")
+        if value is not None and option in _BOUNDS:
+            _check_bounds(option, value)
+    if len(given.get("size") or []) > 2:
+        raise UserError("--size takes one number, or the height and the width")
+    found = {option: defaults[task] if given.get(option) is None else given[option]
+             for option, defaults in OPTIONS.items() if task in defaults}
+    if task != "linear" and len(found.get("lr", [])) > 1:
+        raise UserError(f"--lr: several are for --task linear; --task {task} takes one")
+    return SimpleNamespace(**found)
+
+
+def knn_classes(options, config):
+    """Class of labelled pictures by a vote of neighbours; of objects of synthetic scenes where no pictures are given."""
+    if not any((options.train, options.test, options.train_list, options.test_list)):
+        return _knn_objects(options, config)
+    train, test, _ = _labelled(options, config)
+    ks = [k for k in options.neighbours if k <= len(train)] or [len(train)]
+
+    def score(backbone):
+        bank, queries, computed = _extracted(backbone, train, test, options, config)
+        similarity, index = knn.neighbours(bank, queries, max(ks))
+        by_k = {k: float((knn.vote(similarity, train.labels[index], k, options.temperature) == test.labels).mean()) for k in ks}
+        return {"accuracy": by_k[20] if 20 in by_k else by_k[ks[0]], "chance": _largest(test.labels),
+                "shown": {f"k = {k}": share for k, share in by_k.items()}, "pictures_extracted": computed}
+    return score
+
+
+def _knn_objects(options, config):
+    source, count, size = build_source(config), options.count, config.data.size
     if not isinstance(source, SyntheticSource):
-        raise UserError("--task knn needs labels, which only data.source=synthetic has; use --task retrieval")
-    # Another seed makes other scenes. Half of `count` for the bank, half for the queries.
+        raise UserError("--task knn needs labels, which only data.source=synthetic has; give labelled pictures with --train and "
+                        "--test, or use --task retrieval")
+    # Another seed makes other scenes, which training never saw. Half of `count` for the bank, half for the queries.
     unseen = SyntheticSource(count, source.seed + 1, source.size)
-    bank, labels = objects.crops(unseen, range(count // 2))
-    queries, truth = objects.crops(unseen, range(count // 2, count))
-    found = knn.classify(features.pooled(backbone, bank, data.size), labels, features.pooled(backbone, queries, data.size))
-    return {"accuracy": float((found == truth).mean()), "chance": float(np.bincount(truth).max() / len(truth))}
+    (bank, labels), (queries, truth) = (objects.crops(unseen, part) for part in (range(count // 2), range(count // 2, count)))
+    labels, truth = _maybe_shuffled(labels, 0, options, config), _maybe_shuffled(truth, 1, options, config)
+
+    def score(backbone):
+        found = knn.classify(features.pooled(backbone, bank, size), labels, features.pooled(backbone, queries, size))
+        return {"accuracy": float((found == truth).mean()), "chance": _largest(truth)}
+    return score
 
 
-def retrieval(backbone, source, data, seed, count):
+def _maybe_shuffled(labels, part, options, config):
+    return np.random.default_rng([config.seed, part]).permutation(labels) if options.shuffle_labels else labels
+
+
+def retrieval(options, config):
     """Is the other view of a picture found among the other views of all `count` pictures? Needs no labels."""
-    augmentation = Augmentation(size=data.size)
-    views = [two_views(picture, augmentation, seed + 1, 0, index) for index, picture in spread(source, count)]
-    found = [features.pooled(backbone, (pair[view] for pair in views), data.size) for view in (0, 1)]
-    return {"accuracy": knn.retrieval(*found), "chance": 1 / len(views)}
+    source, augmentation = build_source(config), Augmentation(size=config.data.size)
+
+    def score(backbone):
+        views = [two_views(picture, augmentation, config.seed + 1, 0, index) for index, picture in spread(source, options.count)]
+        found = [features.pooled(backbone, (pair[view] for pair in views), config.data.size) for view in (0, 1)]
+        return {"accuracy": knn.retrieval(*found), "chance": 1 / len(views)}
+    return score
 
 
-def matching(backbone, source, data, seed, count):
+def matching(options, config):
     """Share of query cells matched to within one cell of the truth, on views of twice the training size: the map of a small
     view has too few cells to be wrong by more than one."""
-    size = tuple(2 * side for side in data.size)
-    share, chance = correspondence.matched_share(backbone, source, Augmentation(size=size), seed + 1, count)
-    return {"accuracy": share, "chance": chance}
+    source, augmentation = build_source(config), Augmentation(size=tuple(2 * side for side in config.data.size))
+
+    def score(backbone):
+        share, chance = correspondence.matched_share(backbone, source, augmentation, config.seed + 1, options.count)
+        return {"accuracy": share, "chance": chance}
+    return score
 
 
-TASKS = {"knn": knn_objects, "retrieval": retrieval, "correspondence": matching}
+def linear_probe(options, config):
+    """One linear layer on pooled features: of the middle of each picture, or with --augment of a new crop in each epoch."""
+    train, test, classes = _labelled(options, config)
+
+    def score(backbone):
+        frozen, queries, computed = _extracted(backbone, None if options.augment and len(options.lr) == 1 else train, test,
+                                               options, config)
+
+        def cropped_epochs(rows):
+            part = train.only(rows)
+
+            def epoch_of(epoch):
+                groups = linear.order(config.seed, epoch, len(rows), options.batch_size)
+                views = features.batches(part, groups, semi.cropped(_size(options, config), config.seed, epoch))
+                for group, batch in zip(groups, views):
+                    yield features.features(backbone, batch, options.stage), part.labels[group]
+            return epoch_of
+
+        def kept_epochs(rows):
+            return linear.rows(frozen, train.labels, rows, config.seed, options.batch_size)
+
+        found = linear.probe(cropped_epochs if options.augment else kept_epochs, lambda rows: frozen[rows], train.labels,
+                             queries, test.labels, len(classes), options.lr, options.epochs, config.seed)
+        return {**found, "chance": _largest(test.labels), "shown": {"top 5": found["top5"]} if len(classes) > 5 else {},
+                "pictures_extracted": computed}
+    return score
+
+
+def svm_voc07(options, config):
+    """Mean average precision of linear SVMs on VOC2007, with all labels and with few."""
+    svm.need_sklearn()
+    train, test, classes = labelled.open_voc07(options.voc07)
+    if options.shuffle_labels:
+        train, test = labelled.shuffled(train, config.seed, 0), labelled.shuffled(test, config.seed, 1)
+    known = test.labels != 0
+
+    def score(backbone):
+        bank, queries, computed = _extracted(backbone, train, test, options, config)
+        found = svm.probe(bank, train.labels, queries, test.labels, classes, options.costs, options.low_shot_costs,
+                          options.low_shot, options.samples, config.seed)
+        shown = {"11-point": found["eleven_point"], **{f"k = {k}": low["mean"] for k, low in found["low_shot"].items()}}
+        return {**found, "chance": float(((test.labels > 0).sum(0) / known.sum(0)).mean()), "shown": shown,
+                "pictures_extracted": computed}
+    return score
+
+
+def semi_supervised(options, config):
+    """Fine-tuning on shares of the labels; the score is that of the first share."""
+    train, test, classes = _labelled(options, config)
+    parts = {fraction: train.only(semi.split(train.labels, fraction, config.seed)) for fraction in options.fraction}
+
+    def score(backbone):
+        found = {f"{100 * fraction:g} %": semi.probe(
+            backbone, part, test, len(classes), _size(options, config), options.lr[0], options.head_lr_multiplier, options.epochs,
+            options.batch_size, config.seed) for fraction, part in parts.items()}
+        shown = {f"{share} of the labels": scores["accuracy"] for share, scores in found.items()}
+        return {"accuracy": next(iter(found.values()))["accuracy"], "chance": _largest(test.labels), "by_fraction": found,
+                "shown": shown, "pictures": {f"{100 * fraction:g} %": [part.shown(i) for i in range(len(part))]
+                                             for fraction, part in parts.items()}}
+    return score
+
+
+def dense_probe(options, config):
+    """Mean IoU of a linear segmentation of one stage's map."""
+    train, test = (labelled.open_segmentation(option, path, options.root) for option, path in (
+        ("--train-list", options.train_list), ("--test-list", options.test_list)))
+    labels, truth = (dense.LabelMaps(pictures, config.seed + part if options.shuffle_labels else None)
+                     for part, pictures in enumerate((train, test)))
+    classes, pixels = dense.count_classes(labels, options.classes)
+    chance, size = dense.chance(pixels, truth), _size(options, config)
+
+    def score(backbone):
+        maps, queries, computed = _extracted(backbone, train, test, options, config, "map", features.whole)
+        found = dense.probe(maps, labels, queries, truth, classes, size, options.lr[0], options.epochs, options.batch_size,
+                            config.seed)
+        shown = {"pixels": found["pixel_accuracy"], "scattered": found["by_chance"]}
+        return {**found, "chance": chance, "shown": shown, "pictures_extracted": computed}
+    return score
+
+
+def _labelled(options, config):
+    train, test, classes = labelled.open_pair(options.train, options.test, options.train_list, options.test_list, options.root)
+    if options.shuffle_labels:
+        train, test = labelled.shuffled(train, config.seed, 0), labelled.shuffled(test, config.seed, 1)
+    return train, test, classes
+
+
+def _size(options, config):
+    return tuple((options.size * 2)[:2]) if options.size else config.data.size
+
+
+def _extracted(backbone, train, test, options, config, pooling="mean", view=features.centre):
+    """(features of the training pictures or None, of the test pictures, how many pictures were computed and not kept)."""
+    found = [(None, 0) if pictures is None else features.extract(
+        backbone, pictures, _size(options, config), options.cache, options.stage, pooling, view) for pictures in (train, test)]
+    return found[0][0], found[1][0], found[0][1] + found[1][1]
+
+
+def _largest(labels):
+    return float(np.bincount(labels).max() / len(labels))
+
+
+TASKS = {"knn": knn_classes, "retrieval": retrieval, "correspondence": matching, "linear": linear_probe, "svm": svm_voc07,
+         "semi": semi_supervised, "dense": dense_probe}
+
+
+def environment():
+    """Versions that a score may depend on."""
+    found = {"ppdensecl": ppdensecl.__version__, "python": platform.python_version(), "paddle": paddle.__version__,
+             "device": paddle.get_device(), "machine": platform.platform()}
+    for name in ("numpy", "pillow", "scikit-learn"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found

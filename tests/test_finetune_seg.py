@@ -1,0 +1,366 @@
+"""Fine-tuning with PaddleSeg: the plug-in's parts alone, then the tool from training to Paddle Inference."""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import paddle
+import pytest
+
+pytest.importorskip("paddleseg", reason="PaddleSeg is not installed")
+
+import paddleseg  # noqa: E402
+from paddleseg.cvlibs import SegBuilder  # noqa: E402
+
+from ppdensecl.engine import checkpoint  # noqa: E402
+from ppdensecl.errors import UserError  # noqa: E402
+from ppdensecl.interop import paddleseg as seg  # noqa: E402
+from ppdensecl.models import ResNet  # noqa: E402
+from test_export_finetune import backbone, refused, written  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = sorted((ROOT / "configs/seg").glob("*.yml"))
+CAMVID = "configs/seg/fcn_r18_camvid.yml"
+
+
+# The plug-in
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_dilated_backbone_is_ours(tmp_path, depth):
+    net, path = written(tmp_path, depth)
+    x = paddle.randn([1, 3, 64, 96])
+    expected = [value.numpy() for value in net.stages(x)]
+    for stride, steps in ((32, (1, 1, 1, 1)), (16, (1, 1, 1, 2)), (8, (1, 1, 2, 4))):
+        dilated = getattr(seg, f"DenseCLResNet{depth}")(output_stride=stride, pretrained=str(path), in_channels=3)
+        dilated.eval()
+        maps = dilated(x)
+        assert dilated.feat_channels == [map.shape[1] for map in maps]
+        assert [64 // map.shape[2] for map in maps] == [4, 8, min(16, stride), stride]
+        for theirs, ours, step in zip(maps, expected, steps):
+            assert np.abs(theirs.numpy()[:, :, ::step, ::step] - ours).max() <= 1e-5 * np.abs(ours).max()
+
+
+def test_what_does_not_fit_is_refused(tmp_path):
+    right = {name: value.numpy() for name, value in backbone(18).state_dict().items()}
+    for arrays, words in [
+        ({name: array for name, array in right.items() if name != "bn1._mean"}, ["only 99 of 100", "bn1._mean"]),
+        ({f"backbone.{name}": array for name, array in right.items()}, ["only 0 of 100"]),
+        ({**right, "bn1._mean": np.ones(3, np.float32)}, ["only 99 of 100", "bn1._mean"]),
+        ({name: array.astype(np.float16) for name, array in right.items()}, ["only 0 of 100", "not float32"]),
+    ]:
+        checkpoint.write_arrays(tmp_path / "b.pdparams", arrays)
+        refused(words, seg.DenseCLResNet18, pretrained=str(tmp_path / "b.pdparams"))
+    refused(["no such file", "export_finetune.py"], seg.DenseCLResNet18, pretrained="/none.pdparams")
+    refused(["3 channels, not 1"], seg.DenseCLResNet18, in_channels=1)
+    checkpoint.write_arrays(tmp_path / "b.pdparams", {**right, "fc.weight": np.ones((512, 10), np.float32)})
+    seg.DenseCLResNet18(pretrained=str(tmp_path / "b.pdparams"))  # a classifier is no part of a backbone
+
+
+def test_a_loader_that_sets_nothing_is_seen(tmp_path, monkeypatch):
+    _, path = written(tmp_path, 18)
+    monkeypatch.setattr(seg.utils, "load_pretrained_model", lambda model, path: None)
+    refused(["only"], seg.DenseCLResNet18, pretrained=str(path))
+
+
+def test_fcn_gives_logits_of_the_pictures_size():
+    model = seg.FCNWithAuxiliary(5, seg.DenseCLResNet18(), channels=16, auxiliary_channels=8)
+    x = paddle.randn([2, 3, 97, 64])
+    assert [y.shape for y in model(x)] == [[2, 5, 97, 64]] * 2
+    model.eval()
+    assert [y.shape for y in model(x)] == [[2, 5, 97, 64]]
+    heads = {name: value.shape for name, value in model.state_dict().items()
+             if not name.startswith("backbone.") and value.ndim == 4}
+    assert heads == {"head.convs.0.0.weight": [16, 512, 3, 3], "head.convs.1.0.weight": [16, 16, 3, 3],
+                     "head.conv_cat.0.weight": [16, 528, 3, 3], "head.classifier.weight": [5, 16, 1, 1],
+                     "auxiliary_head.convs.0.0.weight": [8, 256, 3, 3], "auxiliary_head.classifier.weight": [5, 8, 1, 1]}
+
+
+def test_loss_is_mmsegmentations_mean():
+    rng = np.random.default_rng(0)
+    logit, label = rng.standard_normal((2, 4, 5, 6)).astype("float32"), rng.integers(0, 4, (2, 5, 6))
+    label[0, :3] = 255
+    exponents = np.exp(logit)
+    chosen = np.take_along_axis(logit, np.where(label == 255, 0, label)[:, None], 1)[:, 0]
+    losses = np.where(label == 255, 0, np.log(exponents.sum(1)) - chosen)
+    for option, expected in ((False, losses.mean()), (True, losses.sum() / (label != 255).sum())):
+        loss = seg.PixelCrossEntropy(avg_non_ignore=option)(paddle.to_tensor(logit), paddle.to_tensor(label))
+        assert loss.shape == [1] and abs(float(loss) - expected) < 1e-6
+    nothing = seg.PixelCrossEntropy(avg_non_ignore=True)(paddle.to_tensor(logit), paddle.full([2, 5, 6], 255, "int64"))
+    assert float(nothing) == 0
+
+
+def test_crop_keeps_picture_and_label_together():
+    np.random.seed(0)
+    rows, columns = np.mgrid[:60, :90]
+    label = np.where(columns < 60, 1, rows % 4).astype(np.uint8)  # in most places there is one class alone
+    uniform = 0
+    for _ in range(50):
+        data = {"img": np.stack([label, rows, columns], 2).astype("float32"), "label": label, "gt_fields": ["label"]}
+        data = seg.BalancedCrop((32, 40))(data)
+        assert data["img"].shape == (40, 32, 3) and (data["img"][..., 0] == data["label"]).all()
+        uniform += np.bincount(data["label"].ravel()).max() >= 0.75 * data["label"].size
+    assert uniform < 5  # without drawing again it is most of them
+    data = seg.BalancedCrop((100, 100))({"img": np.zeros((60, 90, 3), "float32"), "label": label, "gt_fields": ["label"]})
+    assert data["img"].shape == (100, 100, 3) and (data["label"][60:] == 255).all() and (data["img"][60:] == 114.5).all()
+
+
+def test_areas_are_those_of_the_pixels():
+    rng = np.random.default_rng(0)
+    pred, label = rng.integers(0, 3, (1, 1, 8, 9)), rng.integers(0, 3, (1, 1, 8, 9))
+    label[..., :2] = 255
+    counted = label != 255
+    expected = [[((pred == c) & (label == c)).sum() for c in range(4)], [((pred == c) & counted).sum() for c in range(4)],
+                [(label == c).sum() for c in range(4)]]
+    found = paddleseg.utils.metrics.calculate_area(paddle.to_tensor(pred, dtype="int32"), paddle.to_tensor(label), 4)
+    assert [area.tolist() for area in found] == expected
+    with pytest.raises(ValueError, match="expected the same"):
+        seg._calculate_area(paddle.zeros([1, 4, 6], "int32"), paddle.zeros([1, 6, 4], "int64"), 2)
+
+
+def test_only_the_version_that_needs_it_is_repaired(monkeypatch, capsys):
+    def original():
+        pass
+
+    monkeypatch.setattr(seg.metrics, "calculate_area", original)
+    monkeypatch.setattr(paddleseg, "__version__", "2.9.0")
+    seg.repair()
+    assert seg.metrics.calculate_area is original and "repairs nothing" in capsys.readouterr().out
+    monkeypatch.setattr(paddleseg, "__version__", "2.8.0")
+    seg.repair()
+    assert seg.metrics.calculate_area is seg._calculate_area and "replaces utils.metrics" in capsys.readouterr().out
+
+
+# The configs
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_configs_have_the_papers_numbers(path):
+    config = seg.read_config(path)
+    dic, cityscapes = config.dic, "cityscapes" in path.stem
+    assert dic["model"]["backbone"]["type"] == "DenseCLResNet" + re.search(r"r(\d+)", path.stem).group(1)
+    assert dic["model"]["backbone"]["output_stride"] == 8 and dic["model"]["backbone"]["pretrained"] is None
+    assert dic["loss"]["coef"] == [1, 0.4] and [one["type"] for one in dic["loss"]["types"]] == ["PixelCrossEntropy"] * 2
+    assert dic["lr_scheduler"] == {"type": "PolynomialDecay", "learning_rate": 0.01, "end_lr": 1e-4, "power": 0.9}
+    assert dic["optimizer"] == {"type": "SGD", "momentum": 0.9, "weight_decay": 5e-4}
+    crop = next(one for one in dic["train_dataset"]["transforms"] if one["type"] == "BalancedCrop")["crop_size"]
+    if "camvid" not in path.stem:
+        assert (config.batch_size, config.iters, crop) == (4, 40000 if cityscapes else 20000, [769 if cityscapes else 512] * 2)
+        assert dic["train_dataset"]["mode"] == "train" if cityscapes else "trainaug" and dic["val_dataset"]["mode"] == "val"
+    assert dic.get("test_config") == ({"is_slide": True, "crop_size": [769] * 2, "stride": [513] * 2} if cityscapes else None)
+    assert dic["model"]["align_corners"] == cityscapes  # as mmsegmentation for odd sizes
+
+
+def test_read_config_changes_what_is_asked(tmp_path):
+    config = seg.read_config(ROOT / CAMVID, "/pictures", "/b.pdparams", iters=7, opts=["lr_scheduler.power=1.0"])
+    assert config.dic["train_dataset"]["train_path"] == "/pictures/train.txt" and config.iters == 7
+    assert config.dic["val_dataset"]["val_path"] == "/pictures/test.txt" and config.dic["lr_scheduler"]["power"] == 1
+    assert config.model_cfg["backbone"]["pretrained"] == "/b.pdparams"
+    (tmp_path / "a.yml").write_text("iters: [")
+    for path in (tmp_path / "none.yml", tmp_path / "a.yml", ROOT / "README.md"):
+        with pytest.raises(UserError, match=path.name):
+            seg.read_config(path)
+
+
+# Whole runs, on generated pictures in the official layouts
+
+def picture(rng, size, classes):
+    """A picture of rectangles (uint8 BGR) whose brightness is their class, and its label with some ignored pixels."""
+    label = np.zeros(size, np.uint8)
+    for _ in range(8):
+        y, x = rng.integers(0, size[0] - 8), rng.integers(0, size[1] - 8)
+        label[y:y + size[0] // 3, x:x + size[1] // 3] = rng.integers(0, classes)
+    image = np.repeat(label[..., None] * (200 // classes) + 20, 3, 2) + rng.integers(0, 20, (*size, 3))
+    label[:2] = 255
+    return image.astype(np.uint8), label
+
+
+def save(image_path, label_path, *content):
+    for path, one in zip((image_path, label_path), content):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        assert cv2.imwrite(str(path), one)
+
+
+def camvid(folder, count=6, size=(72, 96)):
+    rng = np.random.default_rng(0)
+    for part in ("train", "test"):
+        lines = []
+        for n in range(count):
+            lines.append(f"images/{part}/{n}.jpg labels/{part}/{n}.png")
+            save(folder / f"images/{part}/{n}.jpg", folder / f"labels/{part}/{n}.png", *picture(rng, size, 11))
+        (folder / f"{part}.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def voc(folder, size=(72, 96)):
+    rng, base = np.random.default_rng(0), folder / "VOC2012"
+    for part, labels in (("train", "SegmentationClass"), ("aug", "SegmentationClassAug"), ("val", "SegmentationClass")):
+        for n in range(2):
+            save(base / f"JPEGImages/{part}{n}.jpg", base / f"{labels}/{part}{n}.png", *picture(rng, size, 21))
+        lists = base / "ImageSets/Segmentation"
+        lists.mkdir(parents=True, exist_ok=True)
+        (lists / f"{part}.txt").write_text(f"{part}0\n{part}1\n")
+    return folder
+
+
+def cityscapes(folder, size=(72, 128)):
+    rng = np.random.default_rng(0)
+    for part in ("train", "val"):
+        for n in range(2):
+            stem = f"{part}/town/town_{n:06}_000019_"
+            save(folder / f"leftImg8bit/{stem}leftImg8bit.png", folder / f"gtFine/{stem}gtFine_labelTrainIds.png",
+                 *picture(rng, size, 19))
+    return folder
+
+
+SMALL = ["--batch_size", 2, "--num_workers", 0, "--log_iters", 1, "--seed", 0, "--save_interval", 2]
+NARROW = ["model.channels=16", "model.auxiliary_channels=16"]
+
+
+def crop(config, size):
+    number = next(n for n, one in enumerate(config.dic["train_dataset"]["transforms"]) if one["type"] == "BalancedCrop")
+    config.dic["train_dataset"]["transforms"][number]["crop_size"] = [size, size]
+
+
+@pytest.fixture(scope="module")
+def small_config(tmp_path_factory):
+    """The CamVid config with smaller crops and heads, and its generated pictures."""
+    folder = tmp_path_factory.mktemp("camvid")
+    config = seg.read_config(ROOT / CAMVID, camvid(folder), opts=NARROW)
+    crop(config, 64)
+    path = folder / "small.yml"
+    path.write_text(str(config))
+    return path
+
+
+def test_train_resume_eval_export(small_config, tmp_path, run_tool):
+    net, path = written(tmp_path, 18)
+    out = tmp_path / "run"
+
+    def tool(*arguments):
+        result = run_tool("finetune_seg.py", "-c", small_config, *arguments)
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout
+
+    first = tool("train", "--iters", 4, "--pretrained", path, "--save_dir", out, *SMALL, "--use_vdl")
+    assert "There are 100/100 variables loaded" in first and "replaces utils.metrics.calculate_area" in first
+    assert (out / "best_model/model.pdparams").is_file() and list(out.glob("vdlrecords*"))
+    second = tool("train", "--iters", 4, "--resume", out / "iter_2", "--save_dir", tmp_path / "again", *SMALL)
+    rates = [re.findall(r"iter: (\d)/4, loss: [\d.]+, lr: ([\d.]+)", log) for log in (first, second)]
+    # The log shows a step's rate: 1e-4 + 0.0099 (1 - step / 4)^0.9, the same on the way again.
+    assert rates[0] == [(str(n + 1), f"{1e-4 + 0.0099 * (1 - n / 4) ** 0.9:.6f}") for n in range(4)] and rates[1] == rates[0][2:]
+    model_path = out / "iter_4/model.pdparams"
+    weights = [checkpoint.read_arrays(folder / "model.pdparams") for folder in (out / "iter_2", out / "iter_4")]
+    # Both heads learn: without gradients weights would still decay, but a bias would stay 0.
+    for name in ("head.classifier.bias", "auxiliary_head.classifier.bias"):
+        assert (weights[0][name] != weights[1][name]).all()
+    start = {name: value.numpy() for name, value in net.state_dict().items()}
+    moved = np.abs(weights[0]["backbone.layer1.0.conv1.weight"] - start["layer1.0.conv1.weight"]).max()
+    assert 0 < moved < 0.1  # two steps from the given weights, not from random ones
+    score = re.search(r"mIoU (0\.\d+), pixel accuracy", tool("eval", "--model_path", model_path, "--num_workers", 0)).group(1)
+    assert f"mIoU: {score} " in first.rsplit("Start evaluating", 1)[1]
+    tool("eval", "--model_path", model_path, "--num_workers", 0, "--aug_eval", "--scales", 0.75, 1.0, "--flip_horizontal")
+    tool("export", "--model_path", model_path, "--save_dir", tmp_path / "deploy")
+    same_masks(small_config, model_path, tmp_path / "deploy")
+
+
+def same_masks(config, model_path, folder):
+    """Paddle Inference and the model itself say the same of every pixel of the test pictures."""
+    from paddle.inference import Config, create_predictor
+
+    program = next(path for path in (folder / "model.json", folder / "model.pdmodel") if path.is_file())
+    settings = Config(str(program), str(folder / "model.pdiparams"))
+    settings.disable_mkldnn()  # whose Paddle 3.3.1 refuses the network, for an attribute that is a list of doubles
+    settings.disable_glog_info()
+    predictor = create_predictor(settings)
+    builder = SegBuilder(seg.read_config(config))
+    model = seg.whole_model(builder, model_path)
+    for one in (0, 1):
+        x = builder.val_dataset[one]["img"][None, :, :, one:]  # of two sizes
+        predictor.get_input_handle(predictor.get_input_names()[0]).copy_from_cpu(np.ascontiguousarray(x))
+        predictor.run()
+        mask = predictor.get_output_handle(predictor.get_output_names()[0]).copy_to_cpu()
+        assert mask.shape == (1, *x.shape[2:]) and (mask == model(paddle.to_tensor(x))[0].argmax(1).numpy()).all()
+    assert "type: Normalize" in (folder / "deploy.yaml").read_text()
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--batch_size", 7], "6 pictures, fewer than a batch of 7"),
+    (["--batch_size", 2, "--resume", "README.md"], "no folder of a checkpoint of PaddleSeg"),
+    (["--batch_size", 2, "--pretrained", "/none.pdparams"], "/none.pdparams: no such file"),
+    (["--batch_size", 2, "--opts", "model.backbone.output_stride=4"], "output_stride must be 8, 16 or 32"),
+    (["--opts", "model.nothing.at=4"], "nothing.at"),
+])
+def test_train_refuses(small_config, tmp_path, arguments, words, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import finetune_seg
+
+    monkeypatch.setattr(sys, "argv", [str(each) for each in (
+        "finetune_seg.py", "-c", small_config, "train", "--save_dir", tmp_path / "run", *arguments)])
+    with pytest.raises(UserError, match=words):
+        finetune_seg.main()
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_tool_refuses_in_one_sentence(small_config, tmp_path, run_tool):
+    result = run_tool("finetune_seg.py", "-c", small_config, "--save_dir", tmp_path / "run", "--dataset_root", "/none")
+    assert result.returncode == 1 and "error: /none: no such folder of pictures" in result.stderr
+    assert "Traceback" not in result.stderr and not (tmp_path / "run").exists()
+
+
+def test_pictures_without_their_labels_are_refused(tmp_path):
+    def built(config, folder):
+        return seg._built(SegBuilder(seg.read_config(ROOT / config, folder)), "train_dataset")
+
+    folder = cityscapes(tmp_path / "cityscapes")
+    config = "configs/seg/fcn_r50-d8_cityscapes_40k_769.yml"
+    assert len(built(config, folder)) == 2
+    (folder / "gtFine/train/town/town_000000_000019_gtFine_labelTrainIds.png").unlink()
+    refused(["town_000000", "would go with", "town_000001"], built, config, folder)
+    folder = voc(tmp_path / "voc")
+    config = "configs/seg/fcn_r50-d8_voc12aug_20k.yml"
+    assert len(built(config, folder)) == 4  # train and aug
+    (folder / "VOC2012/SegmentationClassAug/aug1.png").unlink()
+    refused(["aug1.png: no such file"], built, config, folder)
+    (folder / "VOC2012/ImageSets/Segmentation/aug.txt").unlink()
+    refused(["should be augmented"], built, config, folder)
+
+
+def test_on_camvid(data_folder, tmp_path, run_tool):
+    folder = data_folder / "camvid"
+    if not (folder / "train.txt").is_file():
+        pytest.skip("PPDENSECL_TEST_DATA has no camvid")
+    for part in ("train", "test"):
+        lines = (folder / f"{part}.txt").read_text().splitlines()[:4]
+        (tmp_path / f"{part}.txt").write_text("\n".join(lines) + "\n")
+    for name in ("images", "labels"):
+        os.symlink(folder / name, tmp_path / name)
+    config = seg.read_config(ROOT / CAMVID, tmp_path, opts=NARROW)
+    crop(config, 160)
+    (tmp_path / "c.yml").write_text(str(config))
+    result = run_tool("finetune_seg.py", "-c", tmp_path / "c.yml", "train", "--iters", 2, "--save_dir", tmp_path / "run", *SMALL)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "#Images: 4 mIoU" in result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [path for path in CONFIGS if "camvid" not in path.stem], ids=lambda path: path.stem)
+def test_large_configs_train_on_their_layouts(path, tmp_path):
+    depth = int(re.search(r"r(\d+)", path.stem).group(1))
+    arrays = {name: value.numpy() for name, value in ResNet(depth).state_dict().items()}
+    checkpoint.write_arrays(tmp_path / "b.pdparams", arrays)
+    make, size = (cityscapes, 65) if "cityscapes" in path.stem else (voc, 64)
+    config = seg.read_config(path, make(tmp_path / "data"), tmp_path / "b.pdparams", iters=2, batch_size=2)
+    crop(config, size)
+    for part in ("train_dataset", "val_dataset"):
+        for transform in config.dic[part]["transforms"]:
+            if transform["type"] == "ResizeByShort":
+                transform["short_size"] = 64
+    if "test_config" in config.dic:
+        config.dic["test_config"] = {"is_slide": True, "crop_size": [65, 65], "stride": [43, 43]}
+    with paddle.utils.unique_name.guard():
+        seg.train(config, tmp_path / "run", log_iters=1)
+    found = checkpoint.read_arrays(tmp_path / "run/iter_2/model.pdparams")
+    assert {name for name in found if name.startswith("backbone.")} == {f"backbone.{name}" for name in arrays}
+    assert all(np.isfinite(array).all() for array in found.values())

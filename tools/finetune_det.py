@@ -1,0 +1,50 @@
+"""Fine-tunes a detector with PaddleDetection, from a backbone of tools/export_finetune.py or from nothing.
+
+python tools/finetune_det.py -c configs/det/faster_rcnn_r50_c4_voc_24k.yml train -o pretrain_weights=det.pdparams
+python tools/finetune_det.py -c configs/det/faster_rcnn_r50_c4_voc_24k.yml train --resume output/det/faster_rcnn_r50_c4_voc_24k/7
+python tools/finetune_det.py -c configs/det/faster_rcnn_r50_c4_voc_24k.yml eval -o weights=output/det/…/model_final.pdparams
+python tools/finetune_det.py -c configs/det/faster_rcnn_r50_c4_voc_24k.yml export -o weights=…
+
+All settings are PaddleDetection's, set with -o: TrainDataset.dataset_dir, EvalDataset.dataset_dir, worker_num, save_dir, …
+`total_batch_size` is shared by all GPUs; for several: python -m paddle.distributed.launch tools/finetune_det.py …
+"""
+
+import argparse
+
+import command_line
+
+
+def main():
+    parser = command_line.parser(__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("mode", nargs="?", default="train", choices=["train", "eval", "export"])
+    parser.add_argument("--resume", metavar="CKPT", help="train: go on from SAVE_DIR/CONFIG/N, without suffix")
+    parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
+    parser.add_argument("--out", metavar="DIR", help="export: where to write (default: SAVE_DIR/deploy)")
+    arguments = parser.parse_args()
+    try:
+        from ppdensecl.interop import paddledet as det
+    except ImportError as error:
+        raise command_line.UserError(f"PaddleDetection cannot be imported ({error}); install it as requirements.txt "
+                                     "says") from error
+    from ppdensecl.engine import device
+
+    device.select(arguments.device)
+    det.start_ranks()
+    config = det.read_config(arguments.config, [item for group in arguments.override for item in group])
+    if arguments.mode != "train" and not config.get("weights"):
+        parser.error(f"{arguments.mode} needs -o weights=FILE, a whole model")
+    if arguments.mode == "export":
+        print(f"written: {det.export_model(config, arguments.out or config.save_dir + '/deploy')}")
+        return
+    results = det.train(config, arguments.resume) if arguments.mode == "train" else det.evaluate(config)
+    for kind in ("bbox", "mask"):
+        if kind in results:
+            ap, ap50, ap75 = (100 * max(number, 0) for number in results[kind][:3])
+            print(f"{kind}: AP {ap:.2f}, AP50 {ap50:.2f}, AP75 {ap75:.2f}")
+    if not results and (arguments.mode == "eval" or config.get("validate", True)):
+        print("bbox: AP 0.00, nothing was found with a score that counts")
+
+
+if __name__ == "__main__":
+    command_line.run(main)
