@@ -66,8 +66,8 @@ def _begin_gather(x):
 
 
 def agree(facts, error=None):
-    """Called by all ranks before a run: raises UserError on all of them where one could not start (`error`, its own) or was
-    started with other facts, `facts()` is {what: text}, than rank 0. Nobody is left waiting for a rank that will never come."""
+    """Called by all ranks before they go on: raises UserError on all of them where one cannot (`error`, its own) or has other
+    facts, `facts()` is {what: text}, than rank 0. Nobody is left waiting for a rank that will never come."""
     if error:
         if world_size() > 1:
             _exchange([str(error), ""])
@@ -78,7 +78,7 @@ def agree(facts, error=None):
     names = "\n".join(facts)
     for r, (message, theirs) in enumerate(answers := _exchange(["", names])):
         if message:
-            raise UserError(f"rank {r} cannot start: {message}")
+            raise UserError(f"rank {r}: {message}")
         if theirs != answers[0][1]:
             raise UserError(f"rank {r} runs another version of ppdensecl than rank 0; install the same on all machines")
     answers = _exchange(facts.values())

@@ -93,8 +93,8 @@ def _train(folder, *arguments, rank_1=()):
 @pytest.mark.parametrize("rank_1, sentence", [
     (["-o", "optim.lr=0.5"], "rank 1 has another 'optim.lr' than rank 0, 0.5 instead of "),
     (["-o", "data.synthetic_count=17"], "rank 1 has another 'data.synthetic_count' than rank 0, 17 instead of 16"),
-    (["-o", "data.source=folder", "data.root=/nowhere"], "rank 1 cannot start: data.root"),
-    (["-o", "optim.lr=fast"], "rank 1 cannot start: -o optim.lr=fast"),
+    (["-o", "data.source=folder", "data.root=/nowhere"], "rank 1: data.root"),
+    (["-o", "optim.lr=fast"], "rank 1: -o optim.lr=fast"),
 ])
 def test_a_run_does_not_start_where_ranks_differ(tmp_path, rank_1, sentence):
     result = _train(tmp_path, rank_1=rank_1)

@@ -1,8 +1,10 @@
 """What all tools share: the environment that Paddle needs before its import, -c/-o, and errors as one sentence."""
 
 import argparse
+import ctypes
 import logging
 import os
+import signal
 import sys
 import time
 import warnings
@@ -50,8 +52,20 @@ def read_config(arguments):
     return load_config(arguments.config, [item for group in arguments.override for item in group])
 
 
+_LAUNCHED = "PPDENSECL_LAUNCHED"
+
+
+def launch(processes, logs, more):
+    """Becomes Paddle's launcher of this command, with `more` arguments, in so many processes on this machine's CPU."""
+    os.environ[_LAUNCHED] = "1"
+    os.execv(sys.executable, [sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", str(processes),
+                              "--log_level", "ERROR", "--log_dir", logs, *sys.argv, *more])
+
+
 def run(main):
     """Runs main(); a UserError is printed (and logged) as one sentence, and the exit status is 1."""
+    if _LAUNCHED in os.environ:
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: no process outlives the launcher, however it ends
     _prepare_environment()
     logging.raiseExceptions = False  # a log line that a full disk refuses is lost, without a traceback for each
     try:

@@ -1,8 +1,10 @@
 """Scores a frozen backbone beside a random one:
 python tools/eval.py -c output/RUN/config.yaml --checkpoint output/RUN/latest --task retrieval
+python tools/eval.py -c configs/densecl_r50.yaml --checkpoint backbone.pdparams --protocol configs/probes/linear_imagenet.yaml
 Of the config count data.image_size, seed, device, and data.source where no labelled pictures are given; see docs/probes.md."""
 
 import json
+import os
 import shlex
 import sys
 import time
@@ -12,7 +14,7 @@ import command_line
 
 from ppdensecl.errors import UserError
 
-TASKS = {"knn": "class by nearest neighbours: of --train/--test pictures, or of objects of the synthetic scenes",
+TASKS = {"knn": "class by nearest neighbours: of --train-dir/--test-dir pictures, or of objects of the synthetic scenes",
          "retrieval": "the other view of a picture", "correspondence": "dense matches within one cell of the truth",
          "linear": "a linear layer on pooled features", "svm": "VOC2007 classification, also low-shot; needs scikit-learn",
          "semi": "fine-tuning on 1 %% and 10 %% of the labels", "dense": "a 1x1 convolution on feature maps segments pictures"}
@@ -21,12 +23,17 @@ TASKS = {"knn": "class by nearest neighbours: of --train/--test pictures, or of 
 def read_arguments():
     parser = command_line.parser(__doc__)
     parser.add_argument("--checkpoint", required=True, help="path without suffix, or a .pdparams (also an extracted backbone)")
-    parser.add_argument("--task", required=True, choices=TASKS, help="; ".join(f"{name}: {what}" for name, what in TASKS.items()))
+    parser.add_argument("--protocol", metavar="FILE",
+                        help="YAML file of a task and its options, see configs/probes/; those on the command line count more")
+    parser.add_argument("--task", choices=TASKS, help="; ".join(f"{name}: {what}" for name, what in TASKS.items()))
     parser.add_argument("--out", help="also write the result as JSON to this file")
     parser.add_argument("--count", type=int, help="pictures or scenes where none are listed (default 400)")
+    parser.add_argument("--processes", type=int, metavar="N",
+                        help="share the extraction of features among N processes on this machine's CPU; GPUs: "
+                             "paddle.distributed.launch")
     data = parser.add_argument_group("labelled pictures")
-    data.add_argument("--train", metavar="DIR", help="a folder of pictures for each class")
-    data.add_argument("--test", metavar="DIR", help="the same, for the score")
+    data.add_argument("--train-dir", metavar="DIR", help="a folder of pictures for each class")
+    data.add_argument("--test-dir", metavar="DIR", help="the same, for the score")
     data.add_argument("--train-list", metavar="FILE", help="lines `path label`; for dense `image label-map`")
     data.add_argument("--test-list", metavar="FILE")
     data.add_argument("--root", metavar="DIR", help="what listed paths are relative to (default: the list's folder)")
@@ -50,7 +57,14 @@ def read_arguments():
     probe.add_argument("--fraction", type=float, nargs="+", help="semi: shares of the labels (default 0.01 0.1)")
     probe.add_argument("--head-lr-multiplier", type=float, help="semi (default 10)")
     probe.add_argument("--classes", type=int, help="dense (default: the highest training label + 1)")
+    probe.add_argument("--split", metavar="FILE", help="semi: a text file that lists the training pictures, in place of shares")
     arguments = parser.parse_args()
+    if arguments.protocol:
+        arguments = parser.parse_args([*_protocol(arguments.protocol), *sys.argv[1:]])
+    if arguments.task is None:
+        parser.error("--task or --protocol is needed")
+    if arguments.processes is not None and arguments.processes < 1:
+        parser.error("--processes must be at least 1")
     if arguments.count is not None and arguments.count < 2:
         parser.error("--count must be at least 2")
     if arguments.out and not Path(arguments.out).resolve().parent.is_dir():
@@ -58,22 +72,46 @@ def read_arguments():
     return arguments
 
 
+def _protocol(path):
+    """The options of a protocol's file as on a command line."""
+    import yaml
+
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--protocol {path}: cannot be read ({' '.join(str(error).split())})") from None
+    if not isinstance(found, dict):
+        raise UserError(f"--protocol {path}: expected lines `option: value`, such as `task: linear`")
+    words = []
+    for option, value in found.items():
+        words += [] if value in (None, False) else [f"--{option}".replace("_", "-")]
+        words += [] if value in (None, False, True) else [str(item) for item in (value if isinstance(value, list) else [value])]
+    return words
+
+
 def main():
     arguments = read_arguments()
     config = command_line.read_config(arguments)
+    if (arguments.processes or 1) > 1 and "PADDLE_TRAINERS_NUM" not in os.environ:
+        command_line.launch(arguments.processes, os.path.join(arguments.cache or "output/features", "log"), ["-o", "device=cpu"])
+    from ppdensecl import parallel
     from ppdensecl.engine import checkpoint, device
     from ppdensecl.evaluation import features, tasks
 
     started = time.monotonic()
     options = tasks.resolve(arguments.task, {option: getattr(arguments, option) for option in tasks.OPTIONS})
     device.select(config.device)
-    score = tasks.TASKS[arguments.task](options, config)
+    parallel.start()
+    look, score = tasks.TASKS[arguments.task](options, config)
     trained = features.load_backbone(arguments.checkpoint)
     fresh = features.random_backbone(trained.depth, len(trained.feat_channels), config.seed)
+    seen = {"trained": look(trained), "random": look(fresh)}
+    if not parallel.is_main():
+        return
     result = {"task": arguments.task, "checkpoint": arguments.checkpoint, "seed": config.seed, "options": vars(options)}
     if hasattr(options, "count"):
         result["count"] = options.count
-    details = {name: score(backbone) for name, backbone in (("trained", trained), ("random", fresh))}
+    details = {name: score(found) for name, found in seen.items()}
     for name, scores in details.items():
         result[name], result["chance"] = scores["accuracy"], scores["chance"]
     print(_line(arguments.task, result["trained"], result["random"]) + f", chance {100 * result['chance']:.1f} %")
@@ -83,8 +121,10 @@ def main():
         result = {**result, "details": details, "command": shlex.join(sys.argv), "config": config.model_dump(),
                    "checkpoint_sha256": checkpoint.sha256_of(features.weights_file(arguments.checkpoint)),
                    "environment": tasks.environment(), "seconds": round(time.monotonic() - started, 1)}
+        temporary = f"{arguments.out}.tmp{os.getpid()}"
         try:
-            Path(arguments.out).write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
+            Path(temporary).write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
+            os.replace(temporary, arguments.out)
         except OSError as error:
             raise UserError(f"--out {arguments.out}: cannot be written ({error.strerror})") from None
 

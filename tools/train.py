@@ -1,6 +1,5 @@
 """Pre-trains DenseCL (or MoCo-v2): python tools/train.py -c configs/densecl_r18_photos.yaml -o data.root=/my/pictures"""
 
-import ctypes
 import os
 import signal
 import sys
@@ -12,13 +11,10 @@ from ppdensecl.errors import UserError
 
 
 FEWEST = 16  # pictures that a process's BatchNorm should see
-LAUNCHED = "PPDENSECL_LAUNCHED"
 
 
 def share(config, processes):
     """On a CPU, becomes Paddle's launcher of one process per core: many of Paddle's CPU operators run on one thread."""
-    if LAUNCHED in os.environ:
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: no process outlives the launcher, however it ends
     if "PADDLE_TRAINERS_NUM" in os.environ:
         return
     batch, cores = config.data.batch_size, len(os.sched_getaffinity(0))
@@ -32,10 +28,8 @@ def share(config, processes):
         return
     print(f"note: {processes} processes, each with {batch // processes} of a batch's {batch} pictures (which is what BatchNorm sees, "
           "as on so many cards); --processes 1 for a single one", file=sys.stderr, flush=True)
-    os.environ[LAUNCHED] = "1"
-    os.execv(sys.executable, [
-        sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", str(processes), "--log_level", "ERROR", "--log_dir",
-        os.path.join(config.output_dir, "log"), *sys.argv, "-o", f"data.batch_size={batch // processes}", "device=cpu"])
+    command_line.launch(processes, os.path.join(config.output_dir, "log"),
+                        ["-o", f"data.batch_size={batch // processes}", "device=cpu"])
 
 
 def _installed(package):

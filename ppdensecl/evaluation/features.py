@@ -2,13 +2,17 @@
 
 `extract` is what all probes stand on: one pass of a frozen backbone over a list of pictures, streamed to a .npy file and read
 back as a memory map. The file's name is a digest of all that decides its contents, so that a second probe of the same
-backbone on the same pictures extracts nothing; it has that name only when it is whole.
+backbone on the same pictures extracts nothing; it has that name only when it is whole. Where there are several ranks each
+computes its share of the pictures and writes it into the one file.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
+import io
+import itertools
 import json
 import os
 import re
@@ -16,10 +20,10 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import cv2
 import numpy as np
 import paddle
 
+from ppdensecl import parallel
 from ppdensecl.data.picture import UndecodableError
 from ppdensecl.data.transforms import resize
 from ppdensecl.engine import checkpoint, device
@@ -71,24 +75,6 @@ def random_backbone(depth, stages=4, seed=0):
     backbone = ResNet(depth, stages=stages)
     backbone.eval()
     return backbone
-
-
-@paddle.no_grad()
-def pooled(backbone, pictures, size, batch_size=64):
-    """Average-pooled last maps of an iterable of uint8 [H, W, 3] pictures, resized to size (h, w): float32 [n, C]."""
-    found, waiting = [], []
-
-    def flush():
-        if waiting:
-            found.append(backbone(normalise(paddle.to_tensor(np.stack(waiting)))).mean([2, 3]).numpy())
-            waiting.clear()
-
-    for picture in pictures:
-        waiting.append(cv2.resize(picture, (size[1], size[0]), interpolation=cv2.INTER_AREA))
-        if len(waiting) == batch_size:
-            flush()
-    flush()
-    return np.concatenate(found)
 
 
 # --- the views that probes look at ------------------------------------------------------------------------------------
@@ -151,6 +137,12 @@ def features(backbone, views, stage=None, pooling="mean"):
     return (found.mean([2, 3]) if pooling == "mean" else found).numpy()
 
 
+def pooled(backbone, pictures, size):
+    """Of pictures in memory, each squeezed to `size`: float32 [n, C]."""
+    return np.concatenate([features(backbone, np.stack([whole(pictures[i], size) for i in group]))
+                           for group in in_order(len(pictures))])
+
+
 def digest(backbone):
     """sha256 of a backbone's names and numbers: the same for a checkpoint and for what was extracted from it."""
     sha256 = hashlib.sha256()
@@ -177,19 +169,34 @@ def extract(backbone, pictures, size, folder, stage=None, pooling="mean", view=c
         raise UserError(f"--stage {stage}: this backbone has the stages 1 to {len(backbone.feat_channels)}")
     key = {"format": _FORMAT, "weights": digest(backbone), "pictures": pictures.fingerprint(), "view": view.__name__,
            "size": list(size), "stage": stage, "pooling": pooling, "paddle": paddle.__version__, "device": paddle.get_device()}
+    key["device"] = key["device"].partition(":")[0]  # each rank has another GPU
     path = Path(folder) / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]}.npy"
-    try:
+    with _on_all_ranks(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            return _read(path), 0
-        _write(path, len(pictures), (features(backbone, views, stage, pooling) for views in batches(
-            pictures, in_order(len(pictures)), lambda picture, _: view(picture, size))))
-        return _read(path), len(pictures)
+        there = path.exists()
+    if not there:
+        groups = in_order(len(pictures))
+        mine = groups[parallel.rank()::parallel.world_size()]
+        parts = (features(backbone, views, stage, pooling) for views in batches(
+            pictures, mine, lambda picture, _: view(picture, size)))
+        _write(path, len(pictures), -(-len(groups) // parallel.world_size()), zip((group[0] for group in mine), parts))
+    return _read(path), 0 if there else len(pictures)
+
+
+@contextlib.contextmanager
+def _on_all_ranks(path):
+    """What fails in here on one rank is a UserError on all. None is more than one block ahead of the others."""
+    error = None
+    try:
+        yield
+    except UserError as refusal:
+        error = refusal
     except BlockingIOError:
-        raise UserError(f"{path}: another process is extracting these features; wait for it, or give another --cache") from None
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; the features of a probe are kept there: free some space, or give "
-                        "another --cache") from None
+        error = UserError(f"{path}: another process is extracting these features; wait for it, or give another --cache")
+    except OSError as refusal:
+        error = UserError(f"{path}: {refusal.strerror or refusal}; the features of a probe are kept there: give another --cache, "
+                          "with space, and one that all machines see where several share the work")
+    parallel.agree(lambda: {"file of features": path.name}, error)
 
 
 def _read(path):
@@ -199,23 +206,40 @@ def _read(path):
         raise UserError(f"{path}: damaged; delete it, and the features are computed again") from None
 
 
-def _write(path, count, parts):
-    """Writes float32 parts [b, …] of `count` rows in all as one .npy. An interrupted run leaves only the .part, which the
-    next one writes anew: written, not mapped, so that a full disk is an error and not a signal."""
-    with open(path.with_suffix(".part"), "ab") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.path.exists(file.name) or not os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):
-            raise BlockingIOError  # somebody finished and renamed it between the opening and the lock
-        file.truncate(0)
-        written = 0
-        for part in parts:
-            if not written:
-                np.lib.format.write_array_header_1_0(
-                    file, {"descr": "<f4", "fortran_order": False, "shape": (count, *part.shape[1:])})
-            file.write(np.ascontiguousarray(part, "<f4"))
-            written += len(part)
-        if written != count:
-            raise ValueError(f"{written} of {count} pictures")
-        file.flush()
-        os.fsync(file.fileno())
-        os.replace(file.name, path)  # while it is locked
+def _write(path, count, rounds, parts):
+    """Writes `count` rows as one .npy, float32: in each of `rounds` a rank's next of `parts`, (number of its first row, rows
+    [b, …]), where it has one left. An interrupted run leaves only the .part, which the next one writes anew: written, not
+    mapped, so that a full disk is an error and not a signal."""
+    part = path.with_suffix(".part")
+    with contextlib.ExitStack() as stack:
+        with _on_all_ranks(path):
+            if parallel.is_main():
+                lock = stack.enter_context(open(part, "ab"))
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not part.exists() or not os.path.samestat(os.fstat(lock.fileno()), os.stat(part)):
+                    raise BlockingIOError  # somebody finished and renamed it between the opening and the lock
+                lock.truncate(0)
+        with _on_all_ranks(path):
+            file = os.open(part, os.O_WRONLY)
+            stack.callback(os.close, file)
+        for _ in range(rounds):
+            with _on_all_ranks(path):
+                for first, rows in itertools.islice(parts, 1):
+                    head = io.BytesIO()
+                    np.lib.format.write_array_header_1_0(
+                        head, {"descr": "<f4", "fortran_order": False, "shape": (count, *rows.shape[1:])})
+                    if first == 0:
+                        _put(file, head.getvalue(), 0)
+                    _put(file, np.ascontiguousarray(rows, "<f4").tobytes(), head.tell() + first * rows[0].size * 4)
+        with _on_all_ranks(path):
+            os.fsync(file)
+        with _on_all_ranks(path):
+            if parallel.is_main():
+                os.replace(part, path)  # while it is locked
+
+
+def _put(file, data, place):
+    data = memoryview(data)
+    while data:
+        written = os.pwrite(file, data, place)
+        data, place = data[written:], place + written

@@ -53,12 +53,12 @@ def open_pair(train, test, train_list, test_list, root=None):
     """(training pictures, test pictures, class names) from two folders of class folders, or from two lists. UserError."""
     if train_list or test_list:
         if train or test:
-            raise UserError("--train/--test and --train-list/--test-list are given; use either folders or lists")
+            raise UserError("--train-dir/--test-dir and --train-list/--test-list are given; use either folders or lists")
         pairs = [_list(option, path, root) for option, path in (("--train-list", train_list), ("--test-list", test_list))]
         options = ("--train-list", "--test-list")
     else:
-        pairs = [_folders(option, path) for option, path in (("--train", train), ("--test", test))]
-        options = ("--train", "--test")
+        pairs = [_folders(option, path) for option, path in (("--train-dir", train), ("--test-dir", test))]
+        options = ("--train-dir", "--test-dir")
     words = set(pairs[0][2])
     classes = sorted(words, key=int) if all(word.isascii() and word.isdigit() for word in words) else sorted(words)
     if len(classes) < 2:

@@ -4,10 +4,13 @@ Random crops and flips in training, the middle of the picture in the test; SGD w
 from 80 % of the epochs on; BatchNorm learns and keeps statistics as in pre-training.
 """
 
+import os
+
 import numpy as np
 import paddle
 import paddle.nn.functional as F
 
+from ppdensecl.data.source import contents, existing
 from ppdensecl.data.transforms import Augmentation
 from ppdensecl.errors import UserError
 from ppdensecl.evaluation import features, linear
@@ -36,6 +39,20 @@ def split(labels, fraction, seed):
     each = max(1, round(fraction * len(labels) / len(classes)))
     rng = np.random.default_rng([seed, 4])
     return np.sort(np.concatenate([rng.permutation(np.flatnonzero(labels == label))[:each] for label in classes]))
+
+
+def listed(pictures, path):
+    """int64 [n], ascending: the pictures whose names stand in a file, a line each, with folders or without (as SimCLR's
+    1percent.txt, which others use too). Raises UserError where one is not among the pictures."""
+    path = existing("--split", path, "a text file with a picture's name on each line", os.path.isfile)
+    lines = contents("--split", path).split()
+    places = {pictures.names[i]: i for i in range(len(pictures))}
+    places.update({os.path.basename(name): i for name, i in list(places.items())})
+    missing = [line for line in lines if line not in places]
+    if missing or not lines:
+        raise UserError(f"--split {path}: " + (f"{os.fsdecode(missing[0])} is none of the training pictures ({len(missing)} of "
+                                               f"{len(lines)} are not)" if missing else "lists no pictures"))
+    return np.unique([places[line] for line in lines])
 
 
 def probe(backbone, train, test, classes, size, lr, head_multiplier, epochs, batch_size, seed):

@@ -1,5 +1,6 @@
-"""The checks that tools/eval.py offers. Each reads its data by options and config, and gives a function that scores a frozen
-backbone: {"accuracy": the score in 0..1, "chance", and more for the JSON}; "shown" are further scores worth a line."""
+"""The checks that tools/eval.py offers. Each reads its data by options and config, and gives two functions: `look` is all that
+a frozen backbone has to see, shared by the ranks where there are several, and `score` makes of what it returns {"accuracy":
+the score in 0..1, "chance", and more for the JSON}, on one rank. "shown" are further scores worth a line."""
 
 import platform
 from importlib import metadata
@@ -9,6 +10,7 @@ import numpy as np
 import paddle
 
 import ppdensecl
+from ppdensecl import parallel
 from ppdensecl.data.sources import spread
 from ppdensecl.data.synthetic import SyntheticSource
 from ppdensecl.data.transforms import Augmentation
@@ -21,7 +23,7 @@ LABELS = ("knn", "linear", "semi")  # a class for each picture
 # Which task has which option, and its value when none is given.
 OPTIONS = {
     "count": dict.fromkeys(("knn", "retrieval", "correspondence"), 400),
-    "train": dict.fromkeys(LABELS), "test": dict.fromkeys(LABELS),
+    "train_dir": dict.fromkeys(LABELS), "test_dir": dict.fromkeys(LABELS),
     "train_list": dict.fromkeys((*LABELS, "dense")), "test_list": dict.fromkeys((*LABELS, "dense")),
     "root": dict.fromkeys((*LABELS, "dense")), "voc07": {"svm": None},
     "size": dict.fromkeys((*LABELS, "svm", "dense")),
@@ -35,7 +37,7 @@ OPTIONS = {
     "augment": {"linear": False},
     "costs": {"svm": list(svm.COSTS)}, "low_shot_costs": {"svm": list(svm.LOW_SHOT_COSTS)},
     "low_shot": {"svm": list(svm.SHOTS)}, "samples": {"svm": 5},
-    "fraction": {"semi": [0.01, 0.1]}, "head_lr_multiplier": {"semi": 10.0},
+    "fraction": {"semi": [0.01, 0.1]}, "split": {"semi": None}, "head_lr_multiplier": {"semi": 10.0},
     "classes": {"dense": None},
 }
 _BOUNDS = {  # (least, greatest); the least of those in brackets is not allowed itself
@@ -71,25 +73,25 @@ def resolve(task, given):
 
 def knn_classes(options, config):
     """Class of labelled pictures by a vote of neighbours; of objects of synthetic scenes where no pictures are given."""
-    if not any((options.train, options.test, options.train_list, options.test_list)):
+    if not any((options.train_dir, options.test_dir, options.train_list, options.test_list)):
         return _knn_objects(options, config)
     train, test, _ = _labelled(options, config)
     ks = [k for k in options.neighbours if k <= len(train)] or [len(train)]
 
-    def score(backbone):
-        bank, queries, computed = _extracted(backbone, train, test, options, config)
+    def score(seen):
+        _, bank, queries, computed = seen
         similarity, index = knn.neighbours(bank, queries, max(ks))
         by_k = {k: float((knn.vote(similarity, train.labels[index], k, options.temperature) == test.labels).mean()) for k in ks}
         return {"accuracy": by_k[20] if 20 in by_k else by_k[ks[0]], "chance": _largest(test.labels),
                 "shown": {f"k = {k}": share for k, share in by_k.items()}, "pictures_extracted": computed}
-    return score
+    return _looker(train, test, options, config), score
 
 
 def _knn_objects(options, config):
     source, count, size = build_source(config), options.count, config.data.size
     if not isinstance(source, SyntheticSource):
-        raise UserError("--task knn needs labels, which only data.source=synthetic has; give labelled pictures with --train and "
-                        "--test, or use --task retrieval")
+        raise UserError("--task knn needs labels, which only data.source=synthetic has; give labelled pictures with --train-dir "
+                        "and --test-dir, or use --task retrieval")
     # Another seed makes other scenes, which training never saw. Half of `count` for the bank, half for the queries.
     unseen = SyntheticSource(count, source.seed + 1, source.size)
     (bank, labels), (queries, truth) = (objects.crops(unseen, part) for part in (range(count // 2), range(count // 2, count)))
@@ -98,7 +100,7 @@ def _knn_objects(options, config):
     def score(backbone):
         found = knn.classify(features.pooled(backbone, bank, size), labels, features.pooled(backbone, queries, size))
         return {"accuracy": float((found == truth).mean()), "chance": _largest(truth)}
-    return score
+    return _alone, score
 
 
 def _maybe_shuffled(labels, part, options, config):
@@ -111,9 +113,9 @@ def retrieval(options, config):
 
     def score(backbone):
         views = [two_views(picture, augmentation, config.seed + 1, 0, index) for index, picture in spread(source, options.count)]
-        found = [features.pooled(backbone, (pair[view] for pair in views), config.data.size) for view in (0, 1)]
+        found = [features.pooled(backbone, [pair[view] for pair in views], config.data.size) for view in (0, 1)]
         return {"accuracy": knn.retrieval(*found), "chance": 1 / len(views)}
-    return score
+    return _alone, score
 
 
 def matching(options, config):
@@ -124,16 +126,15 @@ def matching(options, config):
     def score(backbone):
         share, chance = correspondence.matched_share(backbone, source, augmentation, config.seed + 1, options.count)
         return {"accuracy": share, "chance": chance}
-    return score
+    return _alone, score
 
 
 def linear_probe(options, config):
     """One linear layer on pooled features: of the middle of each picture, or with --augment of a new crop in each epoch."""
     train, test, classes = _labelled(options, config)
 
-    def score(backbone):
-        frozen, queries, computed = _extracted(backbone, None if options.augment and len(options.lr) == 1 else train, test,
-                                               options, config)
+    def score(seen):
+        backbone, frozen, queries, computed = seen
 
         def cropped_epochs(rows):
             part = train.only(rows)
@@ -152,7 +153,7 @@ def linear_probe(options, config):
                              queries, test.labels, len(classes), options.lr, options.epochs, config.seed)
         return {**found, "chance": _largest(test.labels), "shown": {"top 5": found["top5"]} if len(classes) > 5 else {},
                 "pictures_extracted": computed}
-    return score
+    return _looker(None if options.augment and len(options.lr) == 1 else train, test, options, config), score
 
 
 def svm_voc07(options, config):
@@ -163,30 +164,33 @@ def svm_voc07(options, config):
         train, test = labelled.shuffled(train, config.seed, 0), labelled.shuffled(test, config.seed, 1)
     known = test.labels != 0
 
-    def score(backbone):
-        bank, queries, computed = _extracted(backbone, train, test, options, config)
+    def score(seen):
+        _, bank, queries, computed = seen
         found = svm.probe(bank, train.labels, queries, test.labels, classes, options.costs, options.low_shot_costs,
                           options.low_shot, options.samples, config.seed)
         shown = {"11-point": found["eleven_point"], **{f"k = {k}": low["mean"] for k, low in found["low_shot"].items()}}
         return {**found, "chance": float(((test.labels > 0).sum(0) / known.sum(0)).mean()), "shown": shown,
                 "pictures_extracted": computed}
-    return score
+    return _looker(train, test, options, config), score
 
 
 def semi_supervised(options, config):
-    """Fine-tuning on shares of the labels; the score is that of the first share."""
+    """Fine-tuning on shares of the labels, or on listed pictures; the score is that of the first share."""
     train, test, classes = _labelled(options, config)
-    parts = {fraction: train.only(semi.split(train.labels, fraction, config.seed)) for fraction in options.fraction}
+    if options.split:
+        parts = {"listed": train.only(semi.listed(train, options.split))}
+    else:
+        parts = {f"{100 * fraction:g} %": train.only(semi.split(train.labels, fraction, config.seed))
+                 for fraction in options.fraction}
 
     def score(backbone):
-        found = {f"{100 * fraction:g} %": semi.probe(
-            backbone, part, test, len(classes), _size(options, config), options.lr[0], options.head_lr_multiplier, options.epochs,
-            options.batch_size, config.seed) for fraction, part in parts.items()}
+        found = {share: semi.probe(backbone, part, test, len(classes), _size(options, config), options.lr[0],
+                                   options.head_lr_multiplier, options.epochs, options.batch_size, config.seed)
+                 for share, part in parts.items()}
         shown = {f"{share} of the labels": scores["accuracy"] for share, scores in found.items()}
         return {"accuracy": next(iter(found.values()))["accuracy"], "chance": _largest(test.labels), "by_fraction": found,
-                "shown": shown, "pictures": {f"{100 * fraction:g} %": [part.shown(i) for i in range(len(part))]
-                                             for fraction, part in parts.items()}}
-    return score
+                "shown": shown, "pictures": {share: [part.shown(i) for i in range(len(part))] for share, part in parts.items()}}
+    return _alone, score
 
 
 def dense_probe(options, config):
@@ -198,17 +202,18 @@ def dense_probe(options, config):
     classes, pixels = dense.count_classes(labels, options.classes)
     chance, size = dense.chance(pixels, truth), _size(options, config)
 
-    def score(backbone):
-        maps, queries, computed = _extracted(backbone, train, test, options, config, "map", features.whole)
+    def score(seen):
+        _, maps, queries, computed = seen
         found = dense.probe(maps, labels, queries, truth, classes, size, options.lr[0], options.epochs, options.batch_size,
                             config.seed)
         shown = {"pixels": found["pixel_accuracy"], "scattered": found["by_chance"]}
         return {**found, "chance": chance, "shown": shown, "pictures_extracted": computed}
-    return score
+    return _looker(train, test, options, config, "map", features.whole), score
 
 
 def _labelled(options, config):
-    train, test, classes = labelled.open_pair(options.train, options.test, options.train_list, options.test_list, options.root)
+    train, test, classes = labelled.open_pair(options.train_dir, options.test_dir, options.train_list, options.test_list,
+                                              options.root)
     if options.shuffle_labels:
         train, test = labelled.shuffled(train, config.seed, 0), labelled.shuffled(test, config.seed, 1)
     return train, test, classes
@@ -218,11 +223,23 @@ def _size(options, config):
     return tuple((options.size * 2)[:2]) if options.size else config.data.size
 
 
-def _extracted(backbone, train, test, options, config, pooling="mean", view=features.centre):
-    """(features of the training pictures or None, of the test pictures, how many pictures were computed and not kept)."""
-    found = [(None, 0) if pictures is None else features.extract(
-        backbone, pictures, _size(options, config), options.cache, options.stage, pooling, view) for pictures in (train, test)]
-    return found[0][0], found[1][0], found[0][1] + found[1][1]
+def _alone(backbone):
+    """The `look` of a task that needs the backbone itself, and so one process."""
+    if parallel.world_size() > 1:
+        raise UserError("this task runs in one process; only knn of labelled pictures, linear, svm and dense share the "
+                        "extraction of features among several")
+    return backbone
+
+
+def _looker(train, test, options, config, pooling="mean", view=features.centre):
+    """The `look` of a task on frozen features: backbone → (backbone, features of the training pictures or None, of the test
+    pictures, how many pictures were computed and not kept)."""
+    def look(backbone):
+        size = _size(options, config)
+        found = [(None, 0) if pictures is None else features.extract(
+            backbone, pictures, size, options.cache, options.stage, pooling, view) for pictures in (train, test)]
+        return backbone, found[0][0], found[1][0], found[0][1] + found[1][1]
+    return look
 
 
 def _largest(labels):

@@ -1,0 +1,110 @@
+"""Probes by a protocol's file, on listed pictures, and shared by several processes."""
+
+import json
+import shutil
+
+import cv2
+import numpy as np
+import pytest
+import yaml
+
+from conftest import ROOT
+from ppdensecl.engine import checkpoint
+from ppdensecl.evaluation import features
+
+CONFIG = ["-c", "configs/densecl_r18_demo.yaml", "-o", "device=cpu", "data.image_size=32"]
+COUNT = 100  # of each of two classes: three groups of 64 and one of 8, an odd share for each process
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A checkpoint of an untrained stage, and noise of two tints in class folders."""
+    folder, rng = tmp_path_factory.mktemp("world"), np.random.default_rng(0)
+    backbone = features.random_backbone(18, 1, seed=5)
+    checkpoint.write_arrays(folder / "backbone.pdparams", {name: value.numpy() for name, value in backbone.state_dict().items()})
+    for part, count in (("train", COUNT), ("test", 20)):
+        for number, name in enumerate(("red", "blue")):
+            (folder / part / name).mkdir(parents=True)
+            for i in range(count):
+                picture = rng.integers(0, 100, (40, 40, 3), np.uint8)
+                picture[:, :, number] += 100
+                cv2.imwrite(str(folder / part / name / f"{name}{i}.png"), picture)
+    return folder
+
+
+@pytest.fixture
+def run_eval(world, run_tool, tmp_path):
+    def run(*arguments, cache="cache", status=0):
+        result = run_tool("eval.py", *CONFIG, "--checkpoint", world / "backbone", *arguments, "--out", tmp_path / "result.json",
+                          *(["--cache", tmp_path / cache] if cache else []))
+        assert result.returncode == status and "Traceback" not in result.stderr, result.stdout + result.stderr
+        return result.stdout + result.stderr if status else json.loads((tmp_path / "result.json").read_text())
+    return run
+
+
+def folders(world):
+    return ["--train-dir", world / "train", "--test-dir", world / "test"]
+
+
+def test_processes_share_the_extraction_and_the_file_is_the_same(world, run_eval, tmp_path):
+    alone = run_eval("--task", "knn", *folders(world), cache="alone")
+    shared = run_eval("--task", "knn", *folders(world), "--processes", "3", cache="shared")
+    files = sorted(path.name for path in (tmp_path / "alone").iterdir())
+    assert len(files) == 4 and files == sorted(path.name for path in (tmp_path / "shared").glob("*.*"))
+    for name in files:
+        a, b = (np.load(tmp_path / folder / name) for folder in ("alone", "shared"))
+        assert a.shape == b.shape and a.any(1).all()
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)  # other threads, another order of sums
+    assert shared["trained"] == alone["trained"] > 0.9
+    assert shared["details"]["trained"]["pictures_extracted"] == 2 * COUNT + 40
+
+
+def test_a_picture_that_breaks_on_one_rank_ends_all_with_its_name(world, run_eval, tmp_path):
+    shutil.copytree(world / "train", tmp_path / "train")
+    (tmp_path / "train" / "blue" / "blue80.png").write_bytes(b"broken")  # in the second group
+    shown = run_eval("--task", "knn", "--train-dir", tmp_path / "train", "--test-dir", world / "test", "--processes", "2",
+                     status=1)
+    assert "rank 1: " in shown and "blue80.png" in shown and "mend it" in shown
+    assert not list((tmp_path / "cache").glob("*.npy"))
+
+
+def test_a_task_that_cannot_be_shared_says_so(world, run_eval):
+    shown = run_eval("--task", "retrieval", "--count", "4", "--processes", "2", cache=None, status=1)
+    assert "runs in one process" in shown
+
+
+def test_a_protocol_is_options_and_the_command_line_counts_more(world, run_eval, tmp_path):
+    path = tmp_path / "protocol.yaml"
+    path.write_text(yaml.safe_dump({"task": "linear", "train-dir": str(world / "train"), "test-dir": str(world / "test"),
+                                    "lr": [1.0, 0.1], "epochs": 9, "batch-size": 32, "augment": False, "size": [40, 32]}))
+    options = run_eval("--protocol", path, "--epochs", "2")["options"]
+    assert (options["epochs"], options["lr"], options["batch_size"], options["augment"], options["size"]) == (
+        2, [1.0, 0.1], 32, False, [40, 32])
+    path.write_text("task: linear\nrate: 30\n")
+    assert "unrecognized arguments: --rate 30" in run_eval("--protocol", path, status=2)
+    for content in ("- a", "a: b: c"):
+        path.write_text(content)
+        assert f"--protocol {path}: " in run_eval("--protocol", path, status=1)
+    assert "--task or --protocol is needed" in run_eval(status=2)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "probes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_protocols_name_options_that_their_tasks_have(path):
+    from ppdensecl.evaluation import tasks
+
+    found = {name.replace("-", "_"): value for name, value in yaml.safe_load(path.read_text()).items()}
+    task = found.pop("task")
+    for name in ("lr", "size", "fraction"):
+        if name in found and not isinstance(found[name], list):
+            found[name] = [found[name]]
+    tasks.resolve(task, {**dict.fromkeys(tasks.OPTIONS), **found})
+
+
+def test_semi_takes_listed_pictures(world, run_eval, tmp_path):
+    path = tmp_path / "split.txt"
+    path.write_text("red3.png\nblue/blue7.png\nred5.png\nblue1.png\n")
+    short = ["--task", "semi", *folders(world), "--epochs", "1", "--batch-size", "2", "--split", path]
+    found = run_eval(*short, cache=None)["details"]["trained"]
+    assert sorted(found["pictures"]["listed"]) == ["blue/blue1.png", "blue/blue7.png", "red/red3.png", "red/red5.png"]
+    path.write_text("red3.png\nnobody.png\n")
+    assert "nobody.png is none of the training pictures (1 of 2 are not)" in run_eval(*short, cache=None, status=1)
