@@ -190,6 +190,14 @@ def test_svm(voc, run_eval):
     assert control["chance"] == found["chance"] and max(control["trained"], control["random"]) < control["chance"] + 0.12, control
 
 
+def test_svm_takes_class_folders_too(world, voc, run_eval):
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    options = ["--costs", "1", "--low-shot", "4", "--low-shot-costs", "1", "--samples", "1"]
+    _, found = run_eval("svm", *folders(world), *options)
+    assert found["chance"] == 0.25 and found["trained"] > 0.5 and set(found["details"]["trained"]["per_class"]) == set(CHOSEN)
+    assert "use one of them" in run_eval("svm", *folders(world), "--voc07", voc, *options, fails=True)
+
+
 def test_svm_names_what_is_missing(voc, run_eval, tmp_path):
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")
     copy = tmp_path / "VOC2007"

@@ -16,7 +16,7 @@ from ppdensecl.errors import UserError
 
 TASKS = {"knn": "class by nearest neighbours: of --train-dir/--test-dir pictures, or of objects of the synthetic scenes",
          "retrieval": "the other view of a picture", "correspondence": "dense matches within one cell of the truth",
-         "linear": "a linear layer on pooled features", "svm": "VOC2007 classification, also low-shot; needs scikit-learn",
+         "linear": "a linear layer on pooled features", "svm": "linear SVMs, on VOC2007 or class folders, also low-shot; needs scikit-learn",
          "semi": "fine-tuning on 1 %% and 10 %% of the labels", "dense": "a 1x1 convolution on feature maps segments pictures"}
 
 

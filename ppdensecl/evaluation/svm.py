@@ -1,4 +1,4 @@
-"""Linear SVMs on frozen features for VOC2007 classification, with all of trainval and with k positive pictures per class.
+"""Linear SVMs on frozen features, for VOC2007 or one class a picture, with all labels and with k positive pictures per class.
 
 The protocol of Goyal et al., "Scaling and Benchmarking Self-Supervised Visual Representation Learning" (ICCV 2019), which the
 published numbers follow: features of length 1, one LIBLINEAR SVM for each class (squared hinge, positives weigh twice),
@@ -85,7 +85,8 @@ def probe(features, targets, test, truth, classes, costs=COSTS, low_costs=LOW_SH
     """
     for name, column, there in zip(classes, targets.T, truth.T):
         if not (column > 0).any() or not (column < 0).any() or not (there > 0).any():
-            raise UserError(f"--voc07: the class {name} lacks positive or negative pictures; is the folder the whole VOC2007?")
+            raise UserError(f"the class {name} lacks positive or negative training pictures, or positive test pictures; is the "
+                            "data set whole?")
     features, test = unit(features), unit(test)
     area, eleven, chosen = [], [], []
     with warnings.catch_warnings():  # 2000 rounds do not always converge; the protocol stops there

@@ -19,17 +19,17 @@ from ppdensecl.engine.trainer import build_source
 from ppdensecl.errors import UserError
 from ppdensecl.evaluation import correspondence, dense, features, knn, labelled, linear, objects, semi, svm
 
-LABELS = ("knn", "linear", "semi")  # a class for each picture
+LABELS = ("knn", "linear", "svm", "semi")  # a class for each picture
 # Which task has which option, and its value when none is given.
 OPTIONS = {
     "count": dict.fromkeys(("knn", "retrieval", "correspondence"), 400),
     "train_dir": dict.fromkeys(LABELS), "test_dir": dict.fromkeys(LABELS),
     "train_list": dict.fromkeys((*LABELS, "dense")), "test_list": dict.fromkeys((*LABELS, "dense")),
     "root": dict.fromkeys((*LABELS, "dense")), "voc07": {"svm": None},
-    "size": dict.fromkeys((*LABELS, "svm", "dense")),
+    "size": dict.fromkeys((*LABELS, "dense")),
     "stage": dict.fromkeys(("knn", "linear", "svm", "dense")),
     "cache": dict.fromkeys(("knn", "linear", "svm", "dense"), "output/features"),
-    "shuffle_labels": dict.fromkeys((*LABELS, "svm", "dense"), False),
+    "shuffle_labels": dict.fromkeys((*LABELS, "dense"), False),
     "neighbours": {"knn": [10, 20, 100, 200]}, "temperature": {"knn": 0.07},
     "lr": {"linear": [30.0], "semi": [0.01], "dense": [0.1]},
     "epochs": {"linear": 100, "semi": 20, "dense": 20},
@@ -156,12 +156,17 @@ def linear_probe(options, config):
     return _looker(None if options.augment and len(options.lr) == 1 else train, test, options, config), score
 
 
-def svm_voc07(options, config):
-    """Mean average precision of linear SVMs on VOC2007, with all labels and with few."""
+def svm_classes(options, config):
+    """Mean average precision of linear SVMs, with all labels and with few: on VOC2007, or on pictures of one class each."""
     svm.need_sklearn()
-    train, test, classes = labelled.open_voc07(options.voc07)
-    if options.shuffle_labels:
-        train, test = labelled.shuffled(train, config.seed, 0), labelled.shuffled(test, config.seed, 1)
+    if options.voc07 and any((options.train_dir, options.test_dir, options.train_list, options.test_list)):
+        raise UserError("--voc07 and other labelled pictures are given; use one of them")
+    if options.voc07:
+        train, test, classes = _maybe_shuffled_pair(*labelled.open_voc07(options.voc07), options, config)
+    else:
+        train, test, classes = _labelled(options, config)
+        for pictures in (train, test):
+            pictures.labels = np.where(pictures.labels[:, None] == np.arange(len(classes)), 1, -1).astype(np.int8)
     known = test.labels != 0
 
     def score(seen):
@@ -212,8 +217,11 @@ def dense_probe(options, config):
 
 
 def _labelled(options, config):
-    train, test, classes = labelled.open_pair(options.train_dir, options.test_dir, options.train_list, options.test_list,
-                                              options.root)
+    return _maybe_shuffled_pair(*labelled.open_pair(options.train_dir, options.test_dir, options.train_list, options.test_list,
+                                                    options.root), options, config)
+
+
+def _maybe_shuffled_pair(train, test, classes, options, config):
     if options.shuffle_labels:
         train, test = labelled.shuffled(train, config.seed, 0), labelled.shuffled(test, config.seed, 1)
     return train, test, classes
@@ -246,7 +254,7 @@ def _largest(labels):
     return float(np.bincount(labels).max() / len(labels))
 
 
-TASKS = {"knn": knn_classes, "retrieval": retrieval, "correspondence": matching, "linear": linear_probe, "svm": svm_voc07,
+TASKS = {"knn": knn_classes, "retrieval": retrieval, "correspondence": matching, "linear": linear_probe, "svm": svm_classes,
          "semi": semi_supervised, "dense": dense_probe}
 
 
