@@ -23,11 +23,12 @@ from PIL import Image, ImageFilter
 
 from ppdensecl.data import transforms
 from ppdensecl.data.cache import prepare
-from ppdensecl.data.loader import PairLoader, settle
+from ppdensecl.data.loader import PairLoader
 from ppdensecl.data.sources import FolderSource, LmdbSource
 from ppdensecl.data.synthetic import SyntheticSource
 from ppdensecl.data.transforms import Augmentation
 from ppdensecl.data.views import draw_views
+from ppdensecl.data.worker import settle
 
 sys.path.insert(0, str(ROOT / "tools/align"))
 from pillow_views import ENHANCE, pillow_hue  # noqa: E402

@@ -23,8 +23,8 @@ import lmdb
 import numpy as np
 import pytest
 
-from ppdensecl.data import loader as loader_module
 from ppdensecl.data import source as source_module
+from ppdensecl.data import worker as worker_module
 from ppdensecl.data.loader import PairLoader
 from ppdensecl.data.picture import UndecodableError
 from ppdensecl.data.sources import ArchiveSource, CocoSource, FolderSource, ListSource, LmdbSource
@@ -172,7 +172,7 @@ def _loader(**options):
 
 @LINUX
 def test_a_stopped_worker_is_named_and_the_run_goes_on_when_it_does(monkeypatch, caplog):
-    monkeypatch.setattr(loader_module, "PATIENCE", 0.2)
+    monkeypatch.setattr(worker_module, "PATIENCE", 0.2)
     monkeypatch.setattr(logging.getLogger("ppdensecl"), "propagate", True)
     loader = _loader(workers=2)
     stopped = loader._workers[1].process.pid

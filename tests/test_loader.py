@@ -13,6 +13,7 @@ from ppdensecl.data.loader import PairLoader
 from ppdensecl.data.sources import FolderSource
 from ppdensecl.data.synthetic import SyntheticSource
 from ppdensecl.data.transforms import Augmentation
+from ppdensecl.data.worker import Worker
 from ppdensecl.errors import UserError
 
 SMALL = Augmentation(size=(32, 48))
@@ -58,6 +59,15 @@ def test_the_rest_of_an_unfinished_iteration_is_not_mixed_into_the_next(workers)
     first = next(loader.batches([4])).copy()
     loader.close()
     assert (first == _digest(_loader(), [4])[0]).all()
+
+
+def test_a_batch_stays_as_it_is_until_the_next_one_is_asked_for():
+    loader = _loader(workers=2)
+    for batch in loader.batches(range(8)):
+        before = batch.copy()
+        time.sleep(0.05)  # the workers are done with all that they were asked for
+        assert (batch == before).all()
+    loader.close()
 
 
 def _folder(path, good, bad):
@@ -135,12 +145,19 @@ def test_a_fault_in_a_worker_shows_where(monkeypatch):
         _digest(_loader(source, workers=1), range(2))
 
 
+def test_a_worker_uses_one_thread():
+    worker = Worker(lambda _: cv2.getNumThreads(), "worker", "")
+    worker.ask(None)
+    assert worker.receive() == 1
+    worker.close()
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's malloc")
 def test_a_settled_process_keeps_its_memory():
     code = """if True:
         import os, resource, sys
         import numpy as np
-        from ppdensecl.data.loader import settle
+        from ppdensecl.data.worker import settle
         def resident():
             return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() >> 20
         if sys.argv[1] == "settled":
@@ -180,3 +197,39 @@ def test_workers_leave_when_the_training_process_is_killed():
         pytest.fail(f"workers {alive} outlived the training process")
     finally:
         os.unlink(note)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs /proc")
+def test_a_process_that_forgets_its_workers_ends_with_them_at_once():
+    """Python sends them SIGTERM, which they leave to the training process, and waits for them; they must be gone by then."""
+    code = """if True:
+        from ppdensecl.data.loader import PairLoader
+        from ppdensecl.data.synthetic import SyntheticSource
+        from ppdensecl.data.transforms import Augmentation
+        def loader():
+            return PairLoader(SyntheticSource(10), Augmentation(size=(32, 32)), 2, workers=2)
+        forgotten, kept, also_kept = loader(), loader(), loader()
+        print(*[worker.process.pid for each in (forgotten, kept, also_kept) for worker in each._workers], flush=True)
+        del forgotten
+        first = next(kept.batches(range(9)))
+        input()"""
+    process = subprocess.Popen([sys.executable, "-c", code], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        workers = [int(pid) for pid in process.stdout.readline().split()]
+        states = _states(workers[2:])
+        assert len(states) == 4 and "Z" not in states
+        for worker in workers[2:]:
+            os.kill(worker, signal.SIGTERM)
+            os.kill(worker, signal.SIGINT)
+        time.sleep(0.2)
+        assert len(_states(workers)) == len(_states(workers[2:])) == 4  # the forgotten ones are gone, the signals ignored
+        process.communicate("\n", timeout=20)
+        assert process.returncode == 0 and not _states(workers)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _states(pids):
+    """Of the processes that run, by /proc."""
+    return [open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] for pid in pids if os.path.exists(f"/proc/{pid}/stat")]

@@ -201,7 +201,7 @@ def test_killed_at_any_moment_it_goes_on(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_tool_in_a_sentence(tmp_path, number):
     source = folder(tmp_path / "p", 200, 500, 700)
-    command = ["tools/prepare_data.py", "--root", tmp_path / "p", "--output", tmp_path / "c.lmdb", "--short-side", "64",
+    command = ["tools/prepare_data.py", "lmdb", "--root", tmp_path / "p", "--output", tmp_path / "c.lmdb", "--short-side", "64",
                "--workers", "2"]
     process = subprocess.Popen([sys.executable, *command], cwd=ROOT, text=True, stderr=subprocess.PIPE, start_new_session=True)
     deadline = time.monotonic() + 20
@@ -214,7 +214,7 @@ def test_a_signal_ends_the_tool_in_a_sentence(tmp_path, number):
     os.killpg(process.pid, number)  # as a terminal and a batch system do
     text = process.communicate(timeout=20)[1]
     assert process.returncode == 128 + number and text == "interrupted; the same command goes on where it was\n", text
-    with refused("data.root", "c.lmdb.partial", "not finished", f"prepare_data.py --output {tmp_path / 'c.lmdb'}"):
+    with refused("data.root", "c.lmdb.partial", "not finished", f"prepare_data.py lmdb --output {tmp_path / 'c.lmdb'}"):
         LmdbSource(tmp_path / "c.lmdb")
     with refused("not finished"):
         LmdbSource(tmp_path / "c.lmdb.partial")
@@ -235,7 +235,7 @@ def test_killed_before_the_name_it_only_takes_the_name(tmp_path, monkeypatch):
 
 def test_a_full_disk_is_a_sentence_and_loses_nothing(tmp_path, run_tool):
     source = folder(tmp_path / "p", 100, 300, 400)
-    arguments = ["prepare_data.py", "--root", tmp_path / "p", "--output", tmp_path / "c.lmdb"]
+    arguments = ["prepare_data.py", "lmdb", "--root", tmp_path / "p", "--output", tmp_path / "c.lmdb"]
     code = "import sys; sys.path.insert(0, 'tools'); sys.argv.pop(0); import prepare_data as tool, command_line\n"
     code += "from ppdensecl.data import cache; cache.COMMIT_PICTURES = 10; command_line.run(tool.main)"
     result = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, text=True, capture_output=True,
@@ -372,7 +372,7 @@ def test_files_that_are_something_else(tmp_path):
 
 def test_the_tool(tmp_path, run_tool):
     folder(tmp_path / "p", 10, broken=(3,))
-    arguments = ["prepare_data.py", "--root", tmp_path / "p", "--output", tmp_path / "c.lmdb", "--workers", "1"]
+    arguments = ["prepare_data.py", "lmdb", "--root", tmp_path / "p", "--output", tmp_path / "c.lmdb", "--workers", "1"]
     for words, *more in (("--max-bad-fraction 0.01 allows", ), ("--root: /none does not exist", "--root", "/none"),
                          ("--list-file is not set", "--source", "list"), ("--short-side is -1", "--short-side", "-1"),
                          ("--quality is 0; it should be from 1 to 100", "--quality", "0"),

@@ -299,7 +299,7 @@ def test_training_on_a_users_folder_names_its_broken_pictures(run_tool, tmp_path
 def test_on_a_cpu_the_cores_share_a_batch(monkeypatch, arguments, overrides, expected):
     monkeypatch.syspath_prepend(ROOT / "tools")
     train = importlib.import_module("train")
-    for name in ("PPDENSECL_CPU_THREADS", "PADDLE_TRAINERS_NUM", train.LAUNCHED):
+    for name in ("PPDENSECL_CPU_THREADS", "PADDLE_TRAINERS_NUM", "PPDENSECL_LAUNCHED"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(train, "_installed", lambda package: None)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(3))

@@ -1,9 +1,12 @@
-"""Copies pictures into one LMDB file, reduced in size where wanted; -o data.source=lmdb data.root=OUTPUT then reads it.
+"""Prepares pictures: a cache for pre-training, or an official data set for the fine-tuning configs. See docs/data.md.
 
-python tools/prepare_data.py --root PICTURES --output cache.lmdb                     bytes unchanged
-python tools/prepare_data.py --root PICTURES --output cache.lmdb --short-side 256    larger pictures reduced, as JPEG
+python tools/prepare_data.py lmdb --root PICTURES --output cache.lmdb                     bytes unchanged
+python tools/prepare_data.py lmdb --root PICTURES --output cache.lmdb --short-side 256    larger pictures reduced, as JPEG
+python tools/prepare_data.py voc --root data/VOCdevkit [--sbd benchmark_RELEASE]          boxes as COCO json, list of train_aug
+python tools/prepare_data.py coco --root data/coco --fraction 0.1                         a tenth of the training pictures
+python tools/prepare_data.py cityscapes --root data/cityscapes                            labels of the 19 classes
 
-Interrupted or killed, the same command goes on where it was. See docs/data.md.
+Nothing is downloaded; what is missing is named. Interrupted or killed, the same command goes on where it was.
 """
 
 import argparse
@@ -28,7 +31,8 @@ def main():
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, stop)
     try:
-        prepare(parse())
+        arguments = parse()
+        {"lmdb": cache, "voc": voc, "coco": coco, "cityscapes": cityscapes}[arguments.kind](arguments)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where it was", file=sys.stderr)
         sys.exit(128 + received[0])
@@ -37,26 +41,51 @@ def main():
 def parse():
     parser = command_line.parser(__doc__, config=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--source", choices=["folder", "list", "coco", "lmdb", "archive"], default="folder",
-                        help="as data.source of a config (default: folder)")
-    parser.add_argument("--root", help="folder, LMDB or archive, as data.root")
-    parser.add_argument("--list-file", help="of source list: a text file with a path per line")
-    parser.add_argument("--annotation", help="of source coco: the json that lists the pictures")
-    parser.add_argument("--output", required=True, help="LMDB file to make, e.g. cache.lmdb")
-    parser.add_argument("--short-side", type=int, default=0, metavar="PIXELS",
-                        help="reduce pictures with a longer short side to this (default: 0, none)")
-    parser.add_argument("--quality", type=int, default=95, help="of the JPEGs of reduced pictures (default: 95)")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: one a core)")
-    parser.add_argument("--max-bad-fraction", type=float, default=0.01,
-                        help="of pictures that cannot be decoded and are left out (default: 0.01)")
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="{lmdb,voc,coco,cityscapes}")
+
+    def kind(name, description):
+        return kinds.add_parser(name, help=description, description=description, allow_abbrev=False)
+
+    def add_workers(part):
+        part.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: one a core)")
+
+    part = kind("lmdb", "copy pictures into one LMDB file, reduced in size where wanted")
+    part.add_argument("--source", choices=["folder", "list", "coco", "lmdb", "archive"], default="folder",
+                      help="as data.source of a config (default: folder)")
+    part.add_argument("--root", help="folder, LMDB or archive, as data.root")
+    part.add_argument("--list-file", help="of source list: a text file with a path per line")
+    part.add_argument("--annotation", help="of source coco: the json that lists the pictures")
+    part.add_argument("--output", required=True, help="LMDB file to make, e.g. cache.lmdb")
+    part.add_argument("--short-side", type=int, default=0, metavar="PIXELS",
+                      help="reduce pictures with a longer short side to this (default: 0, none)")
+    part.add_argument("--quality", type=int, default=95, help="of the JPEGs of reduced pictures (default: 95)")
+    add_workers(part)
+    part.add_argument("--max-bad-fraction", type=float, default=0.01,
+                      help="of pictures that cannot be decoded and are left out (default: 0.01)")
+    part = kind("voc", "PASCAL VOC 2007 and 2012: boxes as COCO json, labels and lists for train_aug")
+    part.add_argument("--root", required=True, help="VOCdevkit, the folder of VOC2007 and VOC2012")
+    part.add_argument("--task", choices=["detection", "segmentation"], help="only this one (default: both)")
+    part.add_argument("--output", help="folder in which to make annotations/*.json (default: as --root)")
+    part.add_argument("--sbd", metavar="DIR", help="benchmark_RELEASE of SBD, to make SegmentationClassAug of it")
+    add_workers(part)
+    part = kind("coco", "COCO 2017: a fixed random part of the training pictures")
+    part.add_argument("--root", required=True, help="the folder of train2017, val2017 and annotations")
+    part.add_argument("--fraction", type=float, default=0.1, help="of the training pictures (default: 0.1)")
+    part.add_argument("--seed", type=int, default=0, help="of the draw (default: 0)")
+    part = kind("cityscapes", "Cityscapes: labels of the 19 classes")
+    part.add_argument("--root", required=True, help="the folder of leftImg8bit and gtFine")
+    add_workers(part)
     arguments = parser.parse_args()
-    for option, kind in (("list_file", "list"), ("annotation", "coco")):
-        if getattr(arguments, option) is not None and arguments.source != kind:
-            parser.error(f"--{option.replace('_', '-')} belongs to --source {kind}, not {arguments.source}")
+    if arguments.kind == "lmdb":
+        for option, source in (("list_file", "list"), ("annotation", "coco")):
+            if getattr(arguments, option) is not None and arguments.source != source:
+                parser.error(f"--{option.replace('_', '-')} belongs to --source {source}, not {arguments.source}")
+    elif arguments.kind != "coco" and arguments.workers < 1:
+        parser.error("--workers should be at least 1")
     return arguments
 
 
-def prepare(arguments):
+def cache(arguments):
     from ppdensecl.data import cache, sources
 
     try:
@@ -75,6 +104,32 @@ def prepare(arguments):
     there = f" ({done.resumed} were there before)" if done.resumed else ""
     print(f"{arguments.output}: {done.pictures} pictures{there}, {done.reduced} reduced, {done.bytes_before / 1e9:.3f} GB -> "
           f"{done.bytes_after / 1e9:.3f} GB, {done.seconds:.1f} s")
+
+
+def voc(arguments):
+    from ppdensecl.interop import official_voc
+
+    if arguments.task != "segmentation":
+        say(official_voc.detection(arguments.root, arguments.output))
+    if arguments.task != "detection":
+        say(official_voc.segmentation(arguments.root, arguments.sbd, arguments.workers))
+
+
+def coco(arguments):
+    from ppdensecl.interop import official_data
+
+    say(official_data.coco(arguments.root, arguments.fraction, arguments.seed))
+
+
+def cityscapes(arguments):
+    from ppdensecl.interop import official_data
+
+    say(official_data.cityscapes(arguments.root, arguments.workers))
+
+
+def say(sentences):
+    for sentence in sentences:
+        print(sentence, flush=True)
 
 
 if __name__ == "__main__":

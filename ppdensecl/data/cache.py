@@ -17,34 +17,22 @@ import contextlib
 import fcntl
 import itertools
 import json
-import multiprocessing
 import os
-import signal
 import time
-import traceback
 import zlib
-from collections import deque
 from dataclasses import dataclass
-from typing import NamedTuple, Optional
 
-from PIL import Image
-
-import cv2
 import lmdb
 import numpy as np
 from tqdm import tqdm
 
 from ppdensecl import __version__
 from ppdensecl.data.containers import META, PARTIAL, close_lmdb, read_meta
-from ppdensecl.data.picture import UndecodableError, decode
+from ppdensecl.data.records import JPEG_SIDE, Encoder, encoded
 from ppdensecl.errors import UserError
 
-CHUNK = 4  # pictures that a worker is given at once
-AHEAD = 2  # chunks under way per worker
 COMMIT_PICTURES, COMMIT_BYTES = 256, 32 << 20  # of one transaction: the work that a kill loses
 MAP_SIZE = 1 << 26  # of a new database, in bytes; doubled whenever it is full
-NAME_BYTES = 480  # of a name in a key, of which LMDB allows 511
-JPEG_SIDE = 65500  # the longest that libjpeg writes
 _CRC, _BAD = META + b"/crc32/", META + b"/bad/"
 _CRCS = np.dtype([("index", "<i8"), ("crc32", "<u4")])
 
@@ -95,7 +83,7 @@ def prepare(source, output, short_side=0, quality=95, workers=0, max_bad_fractio
             resumed = meta["pictures"]
             _commit(environment, meta, [])
             if not meta["done"]:
-                encode = _Encoder(source, short_side, quality)
+                encode = Encoder(source, short_side, quality)
                 bad = _fill(environment, meta, encode, bad, workers, max_bad_fraction, output, progress)
         if not meta["done"]:
             _verify(partial, meta, progress)
@@ -254,50 +242,12 @@ def _rename(partial, output):
 # --- the pictures -----------------------------------------------------------------------------------------------------
 
 
-class _Record(NamedTuple):
-    index: int
-    key: bytes
-    data: Optional[bytes]  # None for a picture that is left out
-    before: int = 0  # bytes in the source
-    reduced: bool = False
-    bad: tuple = ()  # (name, reason)
-
-
-class _Encoder:
-    """index → _Record. Every picture is decoded, for the cache shall hold no broken one."""
-
-    def __init__(self, source, short_side, quality):
-        self.source, self.short_side, self.quality = source, short_side, quality
-
-    def __call__(self, index):
-        name = self.source.names[index] if hasattr(self.source, "names") else self.source.name(index).encode()
-        key = b"%09d/" % index + name[-NAME_BYTES:]
-        try:
-            data = self.source.read(index)
-            picture = decode(data, self.source.name(index))
-        except UndecodableError as error:
-            return _Record(index, key, None, bad=(error.name, error.reason))
-        smaller = self._reduced(picture)
-        return _Record(index, key, data if smaller is None else smaller, len(data), smaller is not None)
-
-    def _reduced(self, picture):
-        """The JPEG of a picture that is too large (upright, without EXIF), None for others."""
-        short, long = sorted(picture.shape[:2])
-        if not self.short_side or short <= self.short_side or long * self.short_side / short > JPEG_SIDE:
-            return None
-        height, width = (round(side * self.short_side / short) for side in picture.shape[:2])
-        # Lanczos: the views will be resampled once more, and of the antialiased filters it leaves the most for that.
-        smaller = Image.fromarray(picture).resize((width, height), Image.LANCZOS, reducing_gap=3.0)
-        smaller = cv2.cvtColor(np.asarray(smaller), cv2.COLOR_RGB2BGR)
-        return cv2.imencode(".jpg", smaller, [cv2.IMWRITE_JPEG_QUALITY, self.quality])[1].tobytes()
-
-
 def _fill(environment, meta, encode, earlier_bad, workers, max_bad_fraction, output, progress):
     """Writes all that is missing and tries the pictures again that could not be read; returns those that still cannot."""
     count = len(encode.source)
     missing = [*sorted(earlier_bad), *range(meta["next"], count)]
     bad = {}
-    with contextlib.closing(_encoded(encode, iter(missing), min(workers, -(-len(missing) // CHUNK)))) as records:
+    with contextlib.closing(encoded(encode, missing, workers)) as records:
         shown = tqdm(records, total=count, initial=count - len(missing), unit=" pictures", smoothing=0.05,
                      disable=None if progress else True)
         for batch in _batches(shown):
@@ -346,90 +296,3 @@ def _report(bad, count, max_bad_fraction, meta, output):
                         "--max-bad-fraction, then the same command goes on")
     if not meta["pictures"]:
         raise UserError(f"none of {count} pictures can be decoded (reasons in {listing}); choose another --root")
-
-
-def _encoded(encode, indices, workers):
-    """Yields the _Record of each index, in order."""
-    if not workers:
-        yield from map(encode, indices)
-        return
-    pool, under_way = [], deque()
-    try:
-        for _ in range(workers):
-            pool.append(_Worker(encode, pool))
-        for worker, chunk in zip(itertools.cycle(pool), iter(lambda: list(itertools.islice(indices, CHUNK)), [])):
-            worker.ask(chunk)
-            under_way.append(worker)
-            if len(under_way) == AHEAD * workers:
-                yield from under_way.popleft().take()
-        while under_way:
-            yield from under_way.popleft().take()
-    finally:
-        for worker in pool:
-            worker.close()
-
-
-class _Worker:
-    """One worker process, on a pipe of its own: no lock that a killed process could keep."""
-
-    def __init__(self, encode, others):
-        self.connection, child = multiprocessing.Pipe()
-        ends = [self.connection, *(other.connection for other in others)]
-        self.process = multiprocessing.get_context("fork").Process(target=_work, args=(encode, child, ends), daemon=True)
-        # Until it ignores them: Ctrl-C goes to the whole terminal, and this process decides.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-        try:
-            self.process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        child.close()
-
-    def ask(self, chunk):
-        try:
-            self.connection.send(chunk)
-        except OSError:
-            raise self._death() from None
-
-    def take(self):
-        try:
-            records, failure = self.connection.recv()
-        except (EOFError, OSError):
-            raise self._death() from None
-        if failure:
-            raise RuntimeError(f"a worker failed:\n{failure}")
-        return records
-
-    def _death(self):
-        self.process.join(5)
-        code = self.process.exitcode
-        hint = " (out of memory?)" if code == -signal.SIGKILL else ""
-        return UserError(f"a worker (process {self.process.pid}) ended with status {code}{hint}; lower --workers, then the "
-                         "same command goes on")
-
-    def close(self):
-        self.connection.close()  # the worker reads the end of its pipe and leaves
-        self.process.join(1)
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join()
-
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-def _work(encode, connection, ends):
-    for number in _SIGNALS:  # it leaves when the pipe ends, whatever ends the process at the other side
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-    for end in ends:
-        end.close()
-    cv2.setNumThreads(0)
-    with contextlib.suppress(EOFError, OSError):
-        while True:
-            chunk = connection.recv()
-            records, failure = [], None
-            try:
-                records = [encode(index) for index in chunk]
-            except Exception:
-                failure = traceback.format_exc()
-            connection.send((records, failure))

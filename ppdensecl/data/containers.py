@@ -46,7 +46,7 @@ class LmdbSource(Source):
             close_lmdb(self._file)
             output = str(root)[:-len(PARTIAL)] if str(root).endswith(PARTIAL) else root
             raise UserError(f"data.root: {root} is a cache that is not finished; this goes on with it, with the arguments that "
-                            f"began it: python tools/prepare_data.py --output {output}")
+                            f"began it: python tools/prepare_data.py lmdb --output {output}")
         if not len(self):
             raise UserError(f"data.root: {root} is an empty LMDB; it should map a name to an encoded picture")
 

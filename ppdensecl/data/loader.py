@@ -1,33 +1,21 @@
 """Batches of view pairs: the same bytes for any number of workers, and workers that never idle.
 
 A worker process makes whole batches into memory it shares with the training process (anonymous, so that nothing is left
-behind whatever dies), two ahead of need and across the ends of epochs. Each has a pipe of its own: no lock that a killed
-worker could keep. Views are a pure function of (seed, epoch, sample, view), so nobody has a state to save.
+behind whatever dies), ahead of need and across the ends of epochs. Views are a pure function of (seed, epoch, sample, view),
+so nobody has a state to save.
 """
 
 from __future__ import annotations
 
-import logging
 import mmap
-import multiprocessing
-import multiprocessing.connection
-import signal
-import traceback
-from collections import deque
-from pathlib import Path
 
-import cv2
 import numpy as np
 
 from ppdensecl.data.picture import UndecodableError
 from ppdensecl.data.views import needed, two_views
+from ppdensecl.data.worker import AHEAD, Worker, answers
 from ppdensecl.errors import UserError
-from ppdensecl.memory import keep_freed_memory
 from ppdensecl.rng import Purpose, generator
-
-AHEAD = 2  # batches under way per worker
-PATIENCE = 60  # seconds of waiting for one batch between two warnings
-LOGGER = logging.getLogger("ppdensecl")
 
 
 class PairLoader:
@@ -59,8 +47,12 @@ class PairLoader:
         self._shape = (2, batch_size, *augmentation.size, 3)
         self._order = (None, None)  # of the epoch asked for last
         self._workers = []
+        if workers:  # memory that is shared with them, gone with the last process that has it
+            memory = mmap.mmap(-1, AHEAD * workers * int(np.prod(self._shape)))
+            self._slots = np.frombuffer(memory, np.uint8).reshape(-1, *self._shape)
         for number in range(workers):
-            self._workers.append(_Worker(self, number))
+            self._workers.append(Worker(self._fill_slot, f"data worker {number}",
+                                        "lower data.workers or data.batch_size, then go on with --resume"))
 
     def __len__(self):
         """Batches in an epoch."""
@@ -86,24 +78,14 @@ class PairLoader:
                 self._report(self.fill(out, batch, self.samples(batch)))
                 yield out
             return
-        for worker in self._workers:
-            worker.drain()
-        under_way = deque()
-        for batch in numbers:
-            worker = self._workers[(under_way[-1].number + 1) % len(self._workers) if under_way else 0]
-            worker.ask(batch, self.samples(batch))
-            under_way.append(worker)
-            if len(under_way) == AHEAD * len(self._workers):
-                yield self._take(under_way[0])
-                under_way.popleft()
-        while under_way:
-            yield self._take(under_way[0])
-            under_way.popleft()
+        requests = ((i % len(self._slots), batch, self.samples(batch)) for i, batch in enumerate(numbers))
+        for slot, bad in answers(self._workers, requests):
+            self._report(bad)
+            yield self._slots[slot]
 
-    def _take(self, worker):
-        views, bad = worker.take()
-        self._report(bad)
-        return views
+    def _fill_slot(self, request):
+        slot, batch, samples = request
+        return slot, self.fill(self._slots[slot], batch, samples)
 
     def fill(self, out, batch, samples):
         """Makes a batch in `out` [2, N, h, w, 3]; returns [(sample, name, reason)] of the pictures that were replaced."""
@@ -152,104 +134,3 @@ class PairLoader:
         for worker in self._workers:
             worker.close()
         self._workers = []
-
-
-class _Worker:
-    """One worker process and this side of it."""
-
-    def __init__(self, loader, number):
-        self.number = number
-        size = int(np.prod(loader._shape))
-        memory = mmap.mmap(-1, AHEAD * size)  # shared with the child, gone with the last of the two
-        self.slots = np.frombuffer(memory, np.uint8).reshape(AHEAD, *loader._shape)
-        self.asked = self.taken = 0
-        self.connection, child = multiprocessing.Pipe()
-        others = [worker.connection for worker in loader._workers]
-        # fork: the source's names are shared, not copied, and nothing is imported again.
-        self.process = multiprocessing.get_context("fork").Process(
-            target=_work, args=(loader, self.slots, child, [self.connection, *others]), daemon=True)
-        self.process.start()
-        child.close()
-
-    def ask(self, batch, samples):
-        try:
-            self.connection.send((batch, self.asked % AHEAD, samples))
-        except OSError:
-            raise self._death() from None
-        self.asked += 1
-
-    def drain(self):
-        """Drops what was asked for and never taken."""
-        while self.taken < self.asked:
-            self.take()
-
-    def take(self):
-        """(views, bad) of the earliest batch that was asked for and not taken yet."""
-        waited = 0
-        while not multiprocessing.connection.wait([self.connection, self.process.sentinel], PATIENCE):
-            waited += PATIENCE
-            LOGGER.warning(f"data worker {self.number} (process {self.process.pid}) has made no batch for {waited} s "
-                           f"({_state(self.process.pid)}); the run waits for it")
-        try:
-            if not self.connection.poll():
-                raise EOFError
-            slot, bad, failure = self.connection.recv()
-        except (EOFError, OSError):
-            raise self._death() from None
-        if failure:
-            raise RuntimeError(f"data worker {self.number} failed:\n{failure}")
-        self.taken += 1
-        return self.slots[slot], bad
-
-    def _death(self):
-        self.process.join(5)
-        code = self.process.exitcode
-        how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with status {code}"
-        hint = " (out of memory?)" if code == -signal.SIGKILL else ""
-        return UserError(f"data worker {self.number} (process {self.process.pid}) {how}{hint}; lower data.workers or "
-                         "data.batch_size, then go on with --resume")
-
-    def close(self):
-        self.connection.close()  # the worker reads the end of its pipe and leaves
-        self.process.join(1)
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join()
-
-
-def _state(pid):
-    """What Linux says a process does."""
-    try:
-        letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return "in an unknown state"
-    return {"T": "stopped; `kill -CONT` lets it go on", "t": "stopped by a debugger", "D": "waiting for the disk or the network",
-            "R": "computing"}.get(letter, "sleeping")
-
-
-def settle():
-    """Makes a process good at making views: one thread, and memory that stays."""
-    cv2.setNumThreads(0)
-    keep_freed_memory()
-
-
-def _work(loader, slots, connection, inherited):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole terminal; the training process decides
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    for other in inherited:  # else the pipes' ends would stay open when the training process is gone
-        other.close()
-    settle()
-    while True:
-        try:
-            batch, slot, samples = connection.recv()
-        except (EOFError, OSError):
-            return
-        bad, failure = [], None
-        try:
-            bad = loader.fill(slots[slot], batch, samples)
-        except Exception:
-            failure = traceback.format_exc()
-        try:
-            connection.send((slot, bad, failure))
-        except OSError:
-            return

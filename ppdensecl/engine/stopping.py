@@ -69,17 +69,6 @@ class StopRequest:
         return int(signals)
 
 
-@contextlib.contextmanager
-def unsignalled():
-    """Processes started in here never get SIGTERM, which a launcher or a batch system sends to a whole process group: the
-    data workers have to live until the training process has written its checkpoint and ends them itself."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 class PeerLost(UserError):
     """Another process of the run is gone. The tools wait `linger` seconds before they end: the launcher looks once a second
     and reports the first rank that it finds dead, which must be the one that failed, not one that failed because of it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import hashlib
 import signal
@@ -22,7 +21,7 @@ from ppdensecl.data.transforms import Augmentation
 from ppdensecl.engine import checkpoint, device, run_folder
 from ppdensecl.engine.logging import LOGGER, LossSums, Meter, Scalars, format_line
 from ppdensecl.engine.optimisation import build_optimizer, learning_rate
-from ppdensecl.engine.stopping import StopRequest, unsignalled
+from ppdensecl.engine.stopping import StopRequest
 from ppdensecl.errors import UserError
 from ppdensecl.models import DenseCL
 from ppdensecl.visual.views import pair_sheet
@@ -116,12 +115,9 @@ class Trainer:
         self.optimizer = build_optimizer(config.optim, self.model)
         self.scaler = paddle.amp.GradScaler(init_loss_scaling=2.0**14) if config.optim.amp == "float16" else None
         # Last of what can fail: it starts the worker processes.
-        with unsignalled():
-            self.loader = PairLoader(
-                source, Augmentation(size=config.data.size), config.data.batch_size, config.seed, workers,
-                parallel.rank(), parallel.world_size(), config.data.max_bad_fraction, self._warn_of_bad_picture)
-        # Before Python's own way to end child processes, which is SIGTERM.
-        atexit.register(self.loader.close)
+        self.loader = PairLoader(
+            source, Augmentation(size=config.data.size), config.data.batch_size, config.seed, workers,
+            parallel.rank(), parallel.world_size(), config.data.max_bad_fraction, self._warn_of_bad_picture)
         self.iteration = 0  # optimizer steps done
         if resume:
             self._resume(resume)
@@ -246,7 +242,6 @@ class Trainer:
             bar.close()
             scalars.close()
             self.loader.close()
-            atexit.unregister(self.loader.close)
             if main:
                 self.lock.close()
 
