@@ -1,13 +1,17 @@
 """Fine-tuning in PaddleDetection: names, the proof of loading, the repairs, and whole runs on tiny generated data."""
 
 import json
+import os
+import pickle
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
+import yaml
 
 pytest.importorskip("ppdet", reason="PaddleDetection is not installed")
 import paddle  # noqa: E402
@@ -15,7 +19,9 @@ import paddle  # noqa: E402
 from ppdensecl.data.synthetic import CLASSES, SyntheticSource  # noqa: E402
 from ppdensecl.engine import checkpoint  # noqa: E402
 from ppdensecl.errors import UserError  # noqa: E402
-from ppdensecl.interop import paddledet  # noqa: E402
+from ppdensecl.interop import finetune, paddledet as det, paddledet_backbone as paddledet, precise_bn  # noqa: E402
+from ppdensecl.interop.paddledet_components import IterationSteps  # noqa: E402
+from ppdensecl.interop.paddledet_config import read_config  # noqa: E402
 from ppdensecl.models import ResNet  # noqa: E402
 from conftest import ROOT  # noqa: E402
 
@@ -56,8 +62,11 @@ def backbone_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def coco(tmp_path_factory):
+    return scenes(tmp_path_factory.mktemp("scenes"))
+
+
+def scenes(root):
     """Four synthetic scenes as COCO: -o settings of the data; boxes and masks."""
-    root = tmp_path_factory.mktemp("scenes")
     (root / "images").mkdir()
     source, images, objects = SyntheticSource(4, size=(96, 128)), [], []
     for i in range(4):
@@ -97,14 +106,6 @@ def test_names_are_all_of_both_networks(depth, count):
     extra = {name for name in theirs if name.startswith(paddledet.SHORT)} if depth < 50 else set()
     assert set(names.values()) | extra == theirs.keys() and len(extra) == (5 if depth < 50 else 0)
     assert all(list(theirs[new].shape) == ours[old] for old, new in names.items())
-    assert len(paddledet.names(depth, stages=2)) < count
-
-
-@pytest.mark.parametrize("depth", [18, 50])
-def test_an_exact_file_passes(backbone_file, depth):
-    path, arrays = backbone_file(depth)
-    count, difference = paddledet.check(path, arrays)
-    assert count == len(paddledet.export(arrays, depth)) and difference < 1e-5
 
 
 def test_files_that_load_in_part_are_refused(backbone_file, tmp_path):
@@ -118,21 +119,28 @@ def test_files_that_load_in_part_are_refused(backbone_file, tmp_path):
         path = tmp_path / f"{name}.pdparams"
         checkpoint.write_arrays(path, content)
         with pytest.raises(UserError, match=r"\d+ of the 105 tensors of the model's backbone would be loaded"):
-            paddledet.check(path, arrays)
+            paddledet.load(paddledet.TheirResNet(depth=18, variant="b", freeze_at=-1, freeze_norm=False), str(path))
 
 
-def test_a_file_with_other_features_is_refused(backbone_file, tmp_path, monkeypatch):
-    path, arrays = backbone_file(50)
-    with pytest.raises(UserError, match="other feature maps"):
-        paddledet.check(path, {**arrays, "layer4.2.bn3.bias": arrays["layer4.2.bn3.bias"] + 1})
-    monkeypatch.setattr(paddledet, "_check_variant", lambda model: None)
-    monkeypatch.setattr(paddledet, "TheirResNet", lambda variant, **options: Original(variant="a", **options))
-    monkeypatch.setattr(paddledet, "_is_backbone", lambda name, model: True)
-    with pytest.raises(UserError, match="other feature maps"):  # same names, same shapes, stride in the 1×1 convolution
-        paddledet.check(path, arrays)
+def test_other_features_are_seen_before_the_file_is_there(tmp_path, monkeypatch):
+    """Under the same names and in the same shapes: two biases exchanged, then the stride in the 1×1 convolution."""
+    arrays, right, theirs = backbone_arrays(50), paddledet.names(50), paddledet.TheirResNet
+    a, b = "layer4.1.bn3.bias", "layer4.2.bn3.bias"
+    arrays[b] = arrays[b] + 1
+    checkpoint.write_arrays(tmp_path / "b.pdparams", arrays)
 
+    def exported():
+        with pytest.raises(UserError, match="feature maps differ by"):
+            finetune.export(str(tmp_path / "b.pdparams"), tmp_path / "det.pdparams", "paddledet")
 
-Original = paddledet.TheirResNet
+    monkeypatch.setattr(paddledet, "names", lambda depth: {**right, a: right[b], b: right[a]})
+    exported()
+    monkeypatch.setattr(paddledet, "names", lambda depth: right)
+    monkeypatch.setattr(paddledet, "check_variant", lambda model: None)
+    original = theirs.__init__
+    monkeypatch.setattr(theirs, "__init__", lambda self, variant, **options: original(self, variant="a", **options))
+    exported()
+    assert [file.name for file in tmp_path.iterdir()] == ["b.pdparams"]
 
 
 def test_a_model_of_variant_a_is_refused(backbone_file):
@@ -142,7 +150,7 @@ def test_a_model_of_variant_a_is_refused(backbone_file):
 
 
 def test_steps_are_where_the_recipe_says():
-    rate = paddledet.IterationSteps([6, 8], warmup=3, start_factor=0.1)(1.0)
+    rate = IterationSteps([6, 8], warmup=3, start_factor=0.1)(1.0)
     rates = []
     for _ in range(10):
         rates.append(rate())
@@ -152,7 +160,7 @@ def test_steps_are_where_the_recipe_says():
 
 def test_repairs_say_so_and_are_for_one_version_only():
     code = """
-from ppdensecl.interop import paddledet
+from ppdensecl.interop import paddledet_repairs as paddledet
 import paddle, ppdet
 concat = paddle.concat
 ppdet.__version__ = "2.7.0"
@@ -172,6 +180,46 @@ assert paddle.concat is repaired
     assert "knows 2.6.0, and repairs nothing" in written(result) and written(result).count("lets paddle.concat take 0-d") == 1
 
 
+def test_the_papers_detection_has_precise_bn():
+    config = yaml.safe_load((ROOT / "configs/det/faster_rcnn_r50_c4_voc_24k.yml").read_text())
+    assert config["precise_bn"] == precise_bn.BATCHES == 200
+
+
+RUN = "!!python/object/apply:os.mkdir [{}]"
+
+
+@pytest.mark.parametrize("where", ["option", "file", "base"])
+@pytest.mark.parametrize("text", [RUN, "{{a: [!Callable {{full_type: os.mkdir, args: [{}]}}]}}"])
+def test_a_config_cannot_run_code(tmp_path, where, text):
+    made, value = tmp_path / "made", f"save_dir: {text.format(tmp_path / 'made')}\n"
+    first, second = tmp_path / "first.yml", tmp_path / "second.yml"
+    first.write_text(value if where == "file" else "_BASE_: [second.yml]\n")
+    second.write_text(value if where == "base" else f"save_dir: {tmp_path}\n")
+    options = [value.strip().replace(": ", "=", 1)] if where == "option" else []
+    with pytest.raises(UserError, match=r"(os\.mkdir|!Callable).*nothing was run") as raised:
+        read_config(first, options)
+    named = {"option": "-o save_dir=", "file": str(first), "base": str(second)}[where]
+    assert str(raised.value).startswith(named) and "\n" not in str(raised.value) and not made.exists()
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path):
+    class Maker:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "made"),)
+
+    model = paddle.nn.Linear(2, 3)
+    arrays = {name: value.numpy() + 1 for name, value in model.state_dict().items()}
+    checkpoint.write_arrays(tmp_path / "good.pdparams", arrays)
+    for name in ("bad.pdparams", "good.pdopt"):
+        (tmp_path / name).write_bytes(pickle.dumps({"a": Maker()}))
+    with pytest.raises(UserError, match="bad.pdparams: asks for .*refused, nothing was run"):
+        det._whole(model, tmp_path / "bad.pdparams")
+    with pytest.raises(UserError, match="good.pdopt: asks for .*refused, nothing was run"):
+        det._resume(SimpleNamespace(model=model), tmp_path / "good")
+    assert not (tmp_path / "made").exists()
+    assert all((value.numpy() == arrays[name]).all() for name, value in model.state_dict().items())
+
+
 def test_trains_evaluates_saves_and_resumes(run_tool, coco, backbone_file, tmp_path):
     path, _ = backbone_file(18)
     common = ["finetune_det.py", "-c", BCCD]
@@ -184,13 +232,29 @@ def test_trains_evaluates_saves_and_resumes(run_tool, coco, backbone_file, tmp_p
     first = paddle.load(str(folder / "model_final.pdparams"))
     assert paddle.load(str(folder / "model_final.pdopt"))["LR_Scheduler"]["last_epoch"] == 2
     assert any((folder / "vdl").iterdir())
-    result = run_tool(*common, "train", *options, "iterations=3", "validate=false", "--resume", folder / "model_final")
+    result = run_tool(*common, "train", *options, "iterations=3", "validate=false", "precise_bn=3",
+                      "--resume", folder / "model_final")
     assert result.returncode == 0, written(result)
+    log = written(result)
+    assert re.search(r"statistics of (\d+) of \1 BatchNorms estimated from 3 batches[^$]*Save checkpoint", log), log
     optimizer, second = paddle.load(str(folder / "model_final.pdopt")), paddle.load(str(folder / "model_final.pdparams"))
     assert optimizer["LR_Scheduler"]["last_epoch"] == 3 and optimizer["last_epoch"] == 2  # one more, of an epoch of two
     assert any((first[name] != second[name]).any() for name in first)
     result = run_tool(*common, "eval", *options, f"weights={folder / 'model_final.pdparams'}")
     assert result.returncode == 0 and "bbox: AP " in result.stdout, written(result)
+
+
+@pytest.mark.slow
+def test_a_seed_repeats_a_run(run_tool, coco, tmp_path):
+    """About a minute."""
+    weights = []
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        result = run_tool("finetune_det.py", "-c", BCCD, "train", "-o", *coco, *SMALL, f"save_dir={tmp_path / name}", schedule(3),
+                          "iterations=2", "validate=false", f"seed={seed}")
+        assert result.returncode == 0, written(result)
+        found = checkpoint.read_arrays(tmp_path / name / "faster_rcnn_r18_bccd/model_final.pdparams")
+        weights.append(np.concatenate([found[key].ravel() for key in sorted(found)]))
+    assert (weights[0] == weights[1]).all() and (weights[0] != weights[2]).any()
 
 
 UNFIT = {"of the 105 tensors of the model's backbone": "pretrain_weights={other}", "fewer than one batch": "total_batch_size=5",
@@ -254,8 +318,10 @@ def test_c4_with_the_extra_norm_loads_whole_and_trains(run_tool, coco, backbone_
     path, _ = backbone_file(50)
     few = [*FEW, "TrainReader.sample_transforms=[Decode: {}, Permute: {}]"]
     result = run_tool("finetune_det.py", "-c", "configs/det/faster_rcnn_r50_c4_voc_24k.yml", "train", "-o", *coco, *few,
-                      schedule(3), f"save_dir={tmp_path}", "iterations=2", "validate=false", f"pretrain_weights={path}", timeout=500)
+                      schedule(3), f"save_dir={tmp_path}", "iterations=2", "validate=false", "precise_bn=1",
+                      f"pretrain_weights={path}", timeout=500)
     assert result.returncode == 0 and "265/265 tensors" in written(result), written(result)
+    assert re.search(r"statistics of (\d+) of \1 BatchNorms estimated from 1 batches", written(result)), written(result)
     weights = paddle.load(f"{tmp_path}/faster_rcnn_r50_c4_voc_24k/model_final.pdparams")
     before = paddle.load(path)
     assert weights["bbox_head.head.norm.weight"].shape == [2048] and (weights["bbox_head.head.norm._mean"] != 0).any()

@@ -4,6 +4,10 @@ python tools/finetune_det.py -c configs/det/faster_rcnn_r50_c4_voc_24k.yml train
 python tools/finetune_det.py -c configs/det/faster_rcnn_r50_c4_voc_24k.yml train --resume output/det/faster_rcnn_r50_c4_voc_24k/7
 python tools/finetune_det.py -c configs/det/faster_rcnn_r50_c4_voc_24k.yml eval -o weights=output/det/…/model_final.pdparams
 python tools/finetune_det.py -c configs/det/faster_rcnn_r50_c4_voc_24k.yml export -o weights=…
+python tools/finetune_det.py -c configs/det/mask_rcnn_r50_fpn_coco_1x.yml precise_bn --out precise.pdparams -o weights=…
+
+precise_bn writes the model again with BatchNorm statistics of 200 training batches, to evaluate and export that; with
+-o precise_bn=200, as the VOC C4 configs have it, training does so itself at its end.
 
 All settings are PaddleDetection's, set with -o: TrainDataset.dataset_dir, EvalDataset.dataset_dir, worker_num, save_dir, …
 `total_batch_size` is shared by all GPUs; for several: python -m paddle.distributed.launch tools/finetune_det.py …
@@ -17,11 +21,13 @@ import command_line
 def main():
     parser = command_line.parser(__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("mode", nargs="?", default="train", choices=["train", "eval", "export"])
+    parser.add_argument("mode", nargs="?", default="train", choices=["train", "eval", "export", "precise_bn"])
     parser.add_argument("--resume", metavar="CKPT", help="train: go on from SAVE_DIR/CONFIG/N, without suffix")
     parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
-    parser.add_argument("--out", metavar="DIR", help="export: where to write (default: SAVE_DIR/deploy)")
+    parser.add_argument("--out", metavar="PATH", help="export: folder to write (default: SAVE_DIR/deploy); precise_bn: file")
     arguments = parser.parse_args()
+    if arguments.mode == "precise_bn" and arguments.out is None:
+        parser.error("precise_bn needs --out FILE.pdparams")
     try:
         from ppdensecl.interop import paddledet as det
     except ImportError as error:
@@ -36,6 +42,10 @@ def main():
         parser.error(f"{arguments.mode} needs -o weights=FILE, a whole model")
     if arguments.mode == "export":
         print(f"written: {det.export_model(config, arguments.out or config.save_dir + '/deploy')}")
+        return
+    if arguments.mode == "precise_bn":
+        det.make_precise(config, arguments.out)
+        print(f"written: {arguments.out}")
         return
     results = det.train(config, arguments.resume) if arguments.mode == "train" else det.evaluate(config)
     for kind in ("bbox", "mask"):

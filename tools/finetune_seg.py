@@ -3,8 +3,10 @@
 python tools/finetune_seg.py -c configs/seg/fcn_r50-d8_voc12aug_20k.yml train --pretrained seg.pdparams --save_dir output/voc
 python tools/finetune_seg.py -c configs/seg/fcn_r50-d8_voc12aug_20k.yml eval --model_path output/voc/iter_20000/model.pdparams
 python tools/finetune_seg.py -c configs/seg/fcn_r50-d8_voc12aug_20k.yml export --model_path … --save_dir output/voc/deploy
+python tools/finetune_seg.py -c configs/seg/fcn_r50-d8_voc12aug_20k.yml precise_bn --model_path … --save_dir output/voc/precise
 
-Without --pretrained the backbone starts from random weights. batch_size is that of each GPU; for several GPUs:
+precise_bn writes the model again with BatchNorm statistics of 200 training batches, to evaluate and export that. Without
+--pretrained the backbone starts from random weights. batch_size is that of each GPU; for several GPUs:
 python -m paddle.distributed.launch tools/finetune_seg.py …
 """
 
@@ -18,14 +20,14 @@ def _parser():
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("-c", "--config", required=True, help="YAML file, see configs/seg/")
-    add("mode", nargs="?", default="train", choices=["train", "eval", "export"])
+    add("mode", nargs="?", default="train", choices=["train", "eval", "export", "precise_bn"])
     add("--dataset_root", metavar="DIR", help="where the pictures are (default: as the config says)")
     add("--opts", nargs="+", action="extend", metavar="KEY=VALUE", help="set values of the config, e.g. lr_scheduler.power=1.0")
     add("--num_workers", type=int, default=2, help="processes that read pictures (default 2)")
     add("--precision", choices=["fp32", "fp16"], default="fp32")
     add("--amp_level", choices=["O1", "O2"], default="O1")
     add("--device", choices=["auto", "cpu", "gpu"], default="auto")
-    add("--save_dir", metavar="DIR", help="where to write (train and export)")
+    add("--save_dir", metavar="DIR", help="where to write (all but eval)")
     group = parser.add_argument_group("train")
     group.add_argument("--pretrained", metavar="FILE", help="weights of the backbone; all tensors must fit")
     group.add_argument("--resume", metavar="DIR", help="go on from SAVE_DIR/iter_N")
@@ -37,8 +39,9 @@ def _parser():
     group.add_argument("--no_eval", action="store_true", help="do not evaluate at each checkpoint")
     group.add_argument("--use_vdl", action="store_true", help="write VisualDL curves to SAVE_DIR")
     group.add_argument("--seed", type=int, help="of weights, crops and order; with workers, their crops differ all the same")
-    group = parser.add_argument_group("eval and export")
+    group = parser.add_argument_group("eval, export and precise_bn")
     group.add_argument("--model_path", metavar="FILE", help="a whole model, SAVE_DIR/iter_N/model.pdparams")
+    group.add_argument("--batches", type=int, help="precise_bn: of training pictures, on each GPU (default 200)")
     group.add_argument("--aug_eval", action="store_true", help="eval: with --scales and --flip_horizontal")
     group.add_argument("--scales", nargs="+", type=float, default=[1.0])
     group.add_argument("--flip_horizontal", action="store_true")
@@ -51,10 +54,13 @@ def _parser():
 def main():
     parser = _parser()
     arguments = parser.parse_args()
-    needed = {"train": ["save_dir"], "eval": ["model_path"], "export": ["model_path", "save_dir"]}[arguments.mode]
+    needed = {"train": ["save_dir"], "eval": ["model_path"], "export": ["model_path", "save_dir"],
+              "precise_bn": ["model_path", "save_dir"]}[arguments.mode]
     for name in needed:
         if getattr(arguments, name) is None:
             parser.error(f"{arguments.mode} needs --{name}")
+    if arguments.batches is not None and arguments.batches < 1:
+        parser.error("--batches must be at least 1")
     try:
         from ppdensecl.interop import paddleseg as seg
     except ImportError as error:
@@ -65,8 +71,8 @@ def main():
     config = seg.read_config(arguments.config, arguments.dataset_root, arguments.pretrained, iters=arguments.iters,
                              batch_size=arguments.batch_size, learning_rate=arguments.learning_rate, opts=arguments.opts)
     shared = {name: getattr(arguments, name) for name in ("num_workers", "precision", "amp_level")}
+    seg.utils.set_seed(arguments.seed)
     if arguments.mode == "train":
-        seg.utils.set_seed(arguments.seed)
         own = ("save_interval", "keep_checkpoint_max", "log_iters", "use_vdl")
         seg.train(config, arguments.save_dir, arguments.resume, not arguments.no_eval, **shared,
                   **{name: getattr(arguments, name) for name in own})
@@ -74,6 +80,9 @@ def main():
         more = {"scales": arguments.scales, "flip_horizontal": arguments.flip_horizontal} if arguments.aug_eval else {}
         scores = seg.evaluate(config, arguments.model_path, aug_eval=arguments.aug_eval, **more, **shared)
         print(f"{arguments.model_path}: mIoU {scores['mIoU']:.4f}, pixel accuracy {scores['Acc']:.4f}")
+    elif arguments.mode == "precise_bn":
+        more = {} if arguments.batches is None else {"batches": arguments.batches}
+        print(seg.make_precise(config, arguments.model_path, arguments.save_dir, num_workers=arguments.num_workers, **more))
     else:
         shape = [None if length == -1 else length for length in arguments.input_shape]
         print(f"written: {seg.export(config, arguments.model_path, arguments.save_dir, shape, arguments.output_op)}")

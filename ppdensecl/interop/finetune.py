@@ -85,12 +85,15 @@ def _paddleseg(found, ours, path):
 
 def _paddledet(found, ours, path):
     try:
-        from ppdensecl.interop import paddledet as plugin
+        from ppdensecl.interop import paddledet_backbone as plugin
     except ImportError as error:
         raise _missing("PaddleDetection", error) from error
     checkpoint.write_arrays(path, plugin.export(found.arrays, found.depth))
-    count, worst = plugin.check(str(path), found.arrays)
-    return f"PaddleDetection loads all {count} tensors{_more(count, found)}; {_equal(worst)}"
+    theirs = plugin.TheirResNet(depth=found.depth, variant="b", freeze_at=-1, freeze_norm=False, return_idx=[0, 1, 2, 3])
+    count = plugin.load(theirs, str(path))
+    theirs.eval()
+    maps = _same_maps(ours.stages, lambda x: theirs({"image": x}))
+    return f"PaddleDetection loads all {count} tensors{_more(count, found)}; {maps}"
 
 
 def _paddleclas_name(depth, name):
@@ -177,8 +180,4 @@ def _same_maps(our_maps, their_maps):
     if not worst <= TOLERANCE:
         raise UserError(f"the receiving model's feature maps differ by {worst:.1e} of the largest value; at most {TOLERANCE} is "
                         "right")
-    return _equal(worst)
-
-
-def _equal(worst):
     return f"feature maps are ours, to {worst:.0e} of the largest value"

@@ -28,10 +28,13 @@ from paddleseg.deploy.export import WrappedModel
 from paddleseg.transforms import RandomPaddingCrop, functional
 from paddleseg.utils import logger, metrics, utils
 
+from ppdensecl import parallel
 from ppdensecl.engine import checkpoint
 from ppdensecl.errors import UserError
+from ppdensecl.interop import precise_bn
 from ppdensecl.interop.layouts import listed
 from ppdensecl.models import ResNet
+from ppdensecl.models.resnet import BLOCKS
 
 
 def load(model, path):
@@ -62,30 +65,16 @@ class _Backbone(ResNet):
         return self.stages(x)
 
 
-@manager.BACKBONES.add_component
-def DenseCLResNet18(**options):
-    """options of all five: output_stride 8 (default), 16 or 32; pretrained, a file; in_channels 3. forward: four maps."""
-    return _Backbone(18, **options)
+def _backbone(depth):
+    def make(**options):
+        """options: output_stride 8 (default), 16 or 32; pretrained, a file; in_channels 3. Its forward gives four maps."""
+        return _Backbone(depth, **options)
+    make.__name__ = f"DenseCLResNet{depth}"  # by which PaddleSeg registers it
+    return make
 
 
-@manager.BACKBONES.add_component
-def DenseCLResNet34(**options):
-    return _Backbone(34, **options)
-
-
-@manager.BACKBONES.add_component
-def DenseCLResNet50(**options):
-    return _Backbone(50, **options)
-
-
-@manager.BACKBONES.add_component
-def DenseCLResNet101(**options):
-    return _Backbone(101, **options)
-
-
-@manager.BACKBONES.add_component
-def DenseCLResNet152(**options):
-    return _Backbone(152, **options)
+DenseCLResNet18, DenseCLResNet34, DenseCLResNet50, DenseCLResNet101, DenseCLResNet152 = manager.BACKBONES.add_component(
+    [_backbone(depth) for depth in BLOCKS])
 
 
 def _conv_norm_relu(cin, cout):
@@ -258,14 +247,18 @@ def _check_files(pairs):
                             "own, *_gtFine_labelTrainIds.png")
 
 
-def train(config, save_dir, resume=None, evaluate=True, **options):
-    """PaddleSeg's `train`, with its options; `resume` is a folder iter_N of an earlier run. Raises UserError."""
-    builder = SegBuilder(config)
-    pictures = _built(builder, "train_dataset")
-    total = config.batch_size * paddle.distributed.get_world_size()
+def _training_pictures(builder):
+    pictures, total = _built(builder, "train_dataset"), builder.config.batch_size * parallel.world_size()
     if len(pictures) < total:  # PaddleSeg would wait for a first batch for ever
         raise UserError(f"the training data has {len(pictures)} pictures, fewer than a batch of {total}; "
                         "use a smaller --batch_size")
+    return pictures
+
+
+def train(config, save_dir, resume=None, evaluate=True, **options):
+    """PaddleSeg's `train`, with its options; `resume` is a folder iter_N of an earlier run. Raises UserError."""
+    builder = SegBuilder(config)
+    pictures = _training_pictures(builder)
     validation = _built(builder, "val_dataset") if evaluate else None
     model = _built(builder, "model")
     if resume is not None:
@@ -285,6 +278,7 @@ def _check_resume(model, folder, iters):
     if int(done) >= iters:
         raise UserError(f"{folder}: has {done} iterations already, and --iters is {iters}; give more, or another folder")
     load(model, folder / "model.pdparams")  # PaddleSeg would pass over what does not fit
+    checkpoint.read_nested(folder / "model.pdopt")  # PaddleSeg reads it again, and would run what it asks for
 
 
 def evaluate(config, model_path, **options):
@@ -293,6 +287,27 @@ def evaluate(config, model_path, **options):
     pictures, model = _built(builder, "val_dataset"), whole_model(builder, model_path)
     names = ("mIoU", "Acc", "class_IoU", "class_precision", "Kappa")
     return dict(zip(names, paddleseg.core.evaluate(model, pictures, **{**config.test_config, **options})))
+
+
+def make_precise(config, model_path, save_dir, batches=precise_bn.BATCHES, num_workers=2):
+    """Writes SAVE_DIR/model.pdparams: the whole model with precise BatchNorm statistics, and all else bit for bit.
+
+    They are of `batches` training batches on each rank. Returns a sentence for the user. Raises UserError.
+    """
+    out = Path(save_dir) / "model.pdparams"
+    precise_bn.check_output(out, model_path)
+    parallel.start()
+    builder = SegBuilder(config)
+    sampler = paddle.io.DistributedBatchSampler(_training_pictures(builder), config.batch_size, shuffle=True, drop_last=True)
+    loader = paddle.io.DataLoader(sampler.dataset, batch_sampler=sampler, num_workers=num_workers, return_list=True,
+                                  worker_init_fn=utils.worker_init_fn)
+    model = utils.convert_sync_batchnorm(whole_model(builder, model_path), "gpu")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    pictures = (data["img"] for data in precise_bn.repeated(loader, batches))
+    used, total = precise_bn.estimate(model, pictures)
+    if parallel.is_main():
+        checkpoint.write_arrays(out, {name: value.numpy() for name, value in model.state_dict().items()})
+    return f"written: {out}; statistics of {used} of {total} BatchNorms estimated from {batches} batches"
 
 
 def whole_model(builder, model_path):
