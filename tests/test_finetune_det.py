@@ -8,7 +8,6 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-import cv2
 import numpy as np
 import pytest
 import yaml
@@ -16,7 +15,8 @@ import yaml
 pytest.importorskip("ppdet", reason="PaddleDetection is not installed")
 import paddle  # noqa: E402
 
-from ppdensecl.data.synthetic import CLASSES, SyntheticSource  # noqa: E402
+from ppdensecl.data import labelled_scenes  # noqa: E402
+from ppdensecl.data.synthetic import SyntheticSource  # noqa: E402
 from ppdensecl.engine import checkpoint  # noqa: E402
 from ppdensecl.errors import UserError  # noqa: E402
 from ppdensecl.interop import finetune, paddledet as det, paddledet_backbone as paddledet, precise_bn  # noqa: E402
@@ -67,21 +67,7 @@ def coco(tmp_path_factory):
 
 def scenes(root):
     """Four synthetic scenes as COCO: -o settings of the data; boxes and masks."""
-    (root / "images").mkdir()
-    source, images, objects = SyntheticSource(4, size=(96, 128)), [], []
-    for i in range(4):
-        scene = source.scene(i)
-        cv2.imwrite(str(root / "images" / f"{i}.png"), scene.picture[:, :, ::-1])
-        images.append({"id": i + 1, "file_name": f"{i}.png", "height": 96, "width": 128})
-        for k, (box, label) in enumerate(zip(scene.boxes.tolist(), scene.classes.tolist())):
-            visible = (scene.instances == k + 1).astype(np.uint8)
-            outlines = cv2.findContours(visible, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0]
-            polygons = [outline.ravel().tolist() for outline in outlines if len(outline) >= 3]
-            objects.append({"id": len(objects) + 1, "image_id": i + 1, "category_id": label, "iscrowd": 0,
-                            "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]], "area": int(visible.sum()),
-                            "segmentation": polygons})
-    categories = [{"id": n + 1, "name": name} for n, name in enumerate(CLASSES)]
-    (root / "boxes.json").write_text(json.dumps({"images": images, "annotations": objects, "categories": categories}))
+    labelled_scenes.write(SyntheticSource(4, size=(96, 128)), root, "boxes")
     settings = ["num_classes=8", "worker_num=0", "log_iter=1", "norm_type=bn", "total_batch_size=2",
                 f"TestDataset.dataset_dir={root}", "TestDataset.anno_path=boxes.json"]
     for part in ("TrainDataset", "EvalDataset"):
@@ -258,7 +244,8 @@ def test_a_seed_repeats_a_run(run_tool, coco, tmp_path):
 
 
 UNFIT = {"of the 105 tensors of the model's backbone": "pretrain_weights={other}", "fewer than one batch": "total_batch_size=5",
-         "nowhere/voc/images: no such file or folder": "EvalDataset.dataset_dir=nowhere/voc", "expected KEY=VALUE": "epoch"}
+         "nowhere/voc/images: no such file or folder": "EvalDataset.dataset_dir=nowhere/voc", "expected KEY=VALUE": "epoch",
+         "8 categories, but 'num_classes' is 80; set num_classes=8": "num_classes=80"}
 
 
 @pytest.mark.parametrize("words", [next(iter(UNFIT)), *(pytest.param(words, marks=pytest.mark.slow) for words in [*UNFIT][1:])])

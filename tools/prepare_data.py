@@ -5,6 +5,7 @@ python tools/prepare_data.py lmdb --root PICTURES --output cache.lmdb --short-si
 python tools/prepare_data.py voc --root data/VOCdevkit [--sbd benchmark_RELEASE]          boxes as COCO json, list of train_aug
 python tools/prepare_data.py coco --root data/coco --fraction 0.1                         a tenth of the training pictures
 python tools/prepare_data.py cityscapes --root data/cityscapes                            labels of the 19 classes
+python tools/prepare_data.py synthetic --output data/scenes                               boxes, masks, labels: to try fine-tuning
 
 Nothing is downloaded; what is missing is named. Interrupted or killed, the same command goes on where it was.
 """
@@ -32,7 +33,7 @@ def main():
         signal.signal(each, stop)
     try:
         arguments = parse()
-        {"lmdb": cache, "voc": voc, "coco": coco, "cityscapes": cityscapes}[arguments.kind](arguments)
+        {"lmdb": cache, "voc": voc, "coco": coco, "cityscapes": cityscapes, "synthetic": synthetic}[arguments.kind](arguments)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where it was", file=sys.stderr)
         sys.exit(128 + received[0])
@@ -41,7 +42,7 @@ def main():
 def parse():
     parser = command_line.parser(__doc__, config=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="{lmdb,voc,coco,cityscapes}")
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="{lmdb,voc,coco,cityscapes,synthetic}")
 
     def kind(name, description):
         return kinds.add_parser(name, help=description, description=description, allow_abbrev=False)
@@ -75,11 +76,20 @@ def parse():
     part = kind("cityscapes", "Cityscapes: labels of the 19 classes")
     part.add_argument("--root", required=True, help="the folder of leftImg8bit and gtFine")
     add_workers(part)
+    part = kind("synthetic", "procedural scenes as COCO json and as PaddleSeg's lists, to try fine-tuning without data")
+    part.add_argument("--output", required=True, help="folder to make")
+    part.add_argument("--train", type=int, default=200, help="scenes to train on (default: 200)")
+    part.add_argument("--test", type=int, default=50, help="scenes to test on (default: 50)")
+    part.add_argument("--size", type=int, nargs=2, default=(192, 256), metavar=("H", "W"), help="pixels (default: 192 256)")
+    part.add_argument("--seed", type=int, default=0, help="of the scenes to train on; those to test on have the next one")
     arguments = parser.parse_args()
     if arguments.kind == "lmdb":
         for option, source in (("list_file", "list"), ("annotation", "coco")):
             if getattr(arguments, option) is not None and arguments.source != source:
                 parser.error(f"--{option.replace('_', '-')} belongs to --source {source}, not {arguments.source}")
+    elif arguments.kind == "synthetic":
+        if min(arguments.train, arguments.test, min(arguments.size) - 31) < 1 or arguments.seed < 0:
+            parser.error("--train and --test should be at least 1, --size at least 32, --seed at least 0")
     elif arguments.kind != "coco" and arguments.workers < 1:
         parser.error("--workers should be at least 1")
     return arguments
@@ -125,6 +135,15 @@ def cityscapes(arguments):
     from ppdensecl.interop import official_data
 
     say(official_data.cityscapes(arguments.root, arguments.workers))
+
+
+def synthetic(arguments):
+    from ppdensecl.data import labelled_scenes
+    from ppdensecl.data.synthetic import SyntheticSource
+
+    for part, count, seed in (("train", arguments.train, arguments.seed), ("test", arguments.test, arguments.seed + 1)):
+        labelled_scenes.write(SyntheticSource(count, seed, tuple(arguments.size)), arguments.output, part)
+        print(f"{arguments.output}/{part}.json, {part}.txt: {count} scenes")
 
 
 def say(sentences):

@@ -50,6 +50,10 @@ class Trainer(ppdet.engine.Trainer):
                 if not path.exists():  # PaddleDetection would download some data set of that name
                     raise UserError(f"{path}: no such file or folder; set {part}.dataset_dir, image_dir and anno_path")
         super().__init__(config, mode)
+        classes = getattr(self.dataset, "catid2clsid", None)  # where it was read already
+        if classes and len(classes) != config.num_classes:
+            raise UserError(f"the annotations have {len(classes)} categories, but 'num_classes' is {config.num_classes}; set "
+                            f"num_classes={len(classes)}")
         if mode == "train":
             if len(self.loader) == 0:
                 raise UserError(f"the training data has {len(self.dataset)} pictures, fewer than one batch for each GPU; use a "
