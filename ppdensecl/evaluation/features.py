@@ -25,9 +25,9 @@ import paddle
 
 from ppdensecl import parallel
 from ppdensecl.data.picture import UndecodableError
-from ppdensecl.data.transforms import resize
 from ppdensecl.engine import checkpoint, device
 from ppdensecl.errors import UserError
+from ppdensecl.inference.exported import centre, whole  # the views that probes look at, and exported networks
 from ppdensecl.models import ResNet
 from ppdensecl.models.densecl import normalise
 from ppdensecl.models.resnet import BLOCKS
@@ -77,23 +77,7 @@ def random_backbone(depth, stages=4, seed=0):
     return backbone
 
 
-# --- the views that probes look at ------------------------------------------------------------------------------------
-
-
-def centre(picture, size):
-    """The usual test view: the short side to 8/7 of the view (256 for 224), antialiased, and the middle cut out.
-
-    uint8 [H, W, 3] → uint8 [*size, 3].
-    """
-    scale = max(round(8 / 7 * side) / extent for side, extent in zip(size, picture.shape))
-    picture = resize(picture, tuple(max(side, round(scale * extent)) for side, extent in zip(size, picture.shape)))
-    top, left = ((extent - side) // 2 for side, extent in zip(size, picture.shape))
-    return np.ascontiguousarray(picture[top : top + size[0], left : left + size[1]])
-
-
-def whole(picture, size):
-    """All of the picture, squeezed into the view: uint8 [H, W, 3] → uint8 [*size, 3]."""
-    return resize(picture, size)
+# --- pictures --------------------------------------------------------------------------------------------------------
 
 
 def batches(pictures, groups, view):
