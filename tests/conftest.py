@@ -1,6 +1,7 @@
 """Shared by the tests: the environment before paddle's import, real pictures where they are, and the tools as processes."""
 
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -11,6 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("GLOG_minloglevel", "2")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it, and so would all that it starts
 warnings.filterwarnings("ignore", message="When training, we now always track global mean")
 import ppdensecl  # noqa: E402,F401 (imports Pillow before anything imports paddle)
 
