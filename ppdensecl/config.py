@@ -76,6 +76,7 @@ class OptimConfig(Section):
     amp: Literal["off", "float16", "bfloat16"] = "off"
     amp_level: Literal["O1", "O2"] = "O1"  # O2: all operators of the encoders but the few that need float32; parameters keep it
     recompute: int = Field(0, ge=0, le=4)  # stages of the query's backbone that run again in the backward pass: less memory
+    to_static: bool = False  # both backbones run as static graphs (paddle.jit.to_static)
     clip_norm: Optional[float] = Field(None, gt=0)
 
 

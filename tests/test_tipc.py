@@ -202,7 +202,7 @@ def test_several_machines(project):
         assert sum("infer.py" in command for _, command in project.calls()) == 6
 
 
-@pytest.mark.parametrize("name", ["train_infer_python.txt", "train_amp_infer_python.txt"])
+@pytest.mark.parametrize("name", ["train_infer_python.txt", "train_amp_infer_python.txt", "train_to_static_infer_python.txt"])
 def test_composed_trainings_are_what_the_tool_takes(project, run_tool, name):
     project.record()
     for model in ("densecl_r18", "densecl_r50", "moco_v2_r50"):

@@ -92,7 +92,8 @@ class Trainer:
                     f"{parallel.world_size()} process(es), {device.threads()} CPU thread(s) and {workers} data worker(s) each")
         if config.optim.amp != "off" and where == "cpu":
             raise UserError(f"'optim.amp' is '{config.optim.amp}', but Paddle's autocast does nothing on the CPU; use off")
-
+        if config.optim.to_static and (config.optim.recompute or config.optim.amp != "off"):
+            raise UserError("'optim.to_static' is true, which goes neither with optim.recompute nor with optim.amp; use one of them")
         if config.model.sync_bn and where == "cpu":
             raise UserError("'model.sync_bn' is true, but Paddle's SyncBatchNorm has no CPU kernel; use false")
         if config.model.sync_bn and config.model.bn_groups > 1:
@@ -112,6 +113,9 @@ class Trainer:
         self.model.encoder_q.backbone.recompute = config.optim.recompute
         if config.optim.amp != "off":
             self.model.autocast = {"dtype": config.optim.amp, "level": config.optim.amp_level}
+        if config.optim.to_static:
+            for encoder in (self.model.encoder_q, self.model.encoder_k):
+                paddle.jit.to_static(encoder.backbone, full_graph=True)
         self.optimizer = build_optimizer(config.optim, self.model)
         self.scaler = paddle.amp.GradScaler(init_loss_scaling=2.0**14) if config.optim.amp == "float16" else None
         # Last of what can fail: it starts the worker processes.
