@@ -1,4 +1,6 @@
-"""Fine-tuning in PaddleDetection: names, the proof of loading, the repairs, and whole runs on tiny generated data."""
+"""Fine-tuning in PaddleDetection: names, the proof of loading, the repairs, and whole runs on tiny generated data.
+
+The slow ones: 2 to 16 s each, a minute and a half in all (2 cores)."""
 
 import json
 import os
@@ -232,7 +234,6 @@ def test_trains_evaluates_saves_and_resumes(run_tool, coco, backbone_file, tmp_p
 
 @pytest.mark.slow
 def test_a_seed_repeats_a_run(run_tool, coco, tmp_path):
-    """About a minute."""
     weights = []
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         result = run_tool("finetune_det.py", "-c", BCCD, "train", "-o", *coco, *SMALL, f"save_dir={tmp_path / name}", schedule(3),

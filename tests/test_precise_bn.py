@@ -1,4 +1,6 @@
-"""Precise BN: the averages it should be, what must stay as it was, and both fine-tuning tools with it."""
+"""Precise BN: the averages it should be, what must stay as it was, and both fine-tuning tools with it.
+
+The slow one, by the detection tool: 16 s (2 cores)."""
 
 import os
 import re
