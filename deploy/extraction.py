@@ -4,6 +4,8 @@ Needs numpy, OpenCV, Pillow, PyYAML and tqdm, and what computes: Paddle or onnxr
 """
 
 import argparse
+import contextlib
+import os
 import re
 import signal
 import sys
@@ -192,9 +194,15 @@ class PcaPictures:
             self._colours = Colours(np.stack([feature_map for _, _, feature_map in self._waiting]))
         for index, view, feature_map in self._waiting:
             picture = np.hstack([view, self._colours.picture(feature_map, view.shape[:2])])
-            path = self._folder / f"{index:06d}_{Path(self._source.name(index)).stem[:100]}.png"
+            stem = Path(self._source.name(index)).stem.encode()[:200].decode(errors="ignore")  # names have 255 bytes at most
+            path = self._folder / f"{index:06d}_{stem}.png"
+            temporary = path.with_name(f".{path.stem}.tmp{os.getpid()}")
             try:
-                Image.fromarray(picture).save(path, compress_level=1)
+                Image.fromarray(picture).save(temporary, "PNG", compress_level=1)
+                os.replace(temporary, path)
             except OSError as error:
                 raise UserError(f"--pca-dir: {path} cannot be written ({error.strerror})") from None
+            finally:
+                with contextlib.suppress(OSError):
+                    temporary.unlink()
         self._waiting = []

@@ -48,7 +48,12 @@ def features(path):
                         "infer.py wrote") from None
     if rows.ndim != 2 or len(rows) != len(paths):
         raise UserError(f"{path}: pooled is {list(rows.shape)}, expected a row for each of {len(paths)} pictures")
-    return {Path(str(name)).name: row for name, row in zip(paths, rows)}
+    found = {}
+    for name, row in zip((Path(str(whole)).name for whole in paths), rows):
+        if name in found:
+            raise UserError(f"{path}: has more than one picture {name}; they are compared by name, so each needs one of its own")
+        found[name] = row
+    return found
 
 
 def excess(found, expected, atol, rtol, path):

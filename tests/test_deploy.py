@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from conftest import ROOT
@@ -22,6 +23,9 @@ from ppdensecl.interop import export
 from ppdensecl.visual.pca import Colours
 from test_export_finetune import written
 from test_export_model import config
+
+sys.path.append(str(ROOT / "deploy"))
+import extraction  # noqa: E402
 
 PADDLE, ONNX = "inference_python", "onnx"
 
@@ -62,13 +66,8 @@ def picture(path, seed, size=(90, 70)):
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Some real pictures where they are, else made ones; of several formats and shapes."""
+    """Made pictures of several formats and shapes."""
     folder = tmp_path_factory.mktemp("photos")
-    real = os.environ.get("PPDENSECL_TEST_DATA")
-    if real and os.path.isdir(real):
-        found = sorted(f"{real}/photos/images/{name}" for name in os.listdir(f"{real}/photos/images"))[:400:40]
-        for path in found:
-            os.symlink(path, folder / os.path.basename(path))
     for number, name in enumerate(["a.jpg", "in/b.png", "in/deep/ä c.webp", "z.bmp"]):
         picture(folder / name, number, (50 + 40 * number, 97))
     return folder
@@ -110,6 +109,17 @@ def test_paddle_inference_gives_the_models_numbers_as_paddles_suites_call_it(pla
     assert "gives the same, to" in result.stdout and [path.name for path in output.parent.iterdir()] == ["f.npz"]
     drawn = sorted((tmp_path / "pca").iterdir())
     assert len(drawn) == len(paths) and Image.open(drawn[0]).size == (128, 64)
+
+
+@pytest.mark.parametrize("kind, model", [(PADDLE, "plain"), (ONNX, "both")])
+def test_real_photos_give_the_models_numbers(kind, model, data_folder, tmp_path, request):
+    checkpoint, model = request.getfixturevalue(model)
+    real = sorted((data_folder / "photos" / "images").iterdir())[:400:40]
+    (tmp_path / "list.txt").write_text("\n".join(map(str, real)))
+    result = infer(kind, "--model-dir", model, "--image-dir", tmp_path / "list.txt", "--output", tmp_path / "f.npz",
+                   "--outputs", "stage4", "pooled", "--batch-size=3")
+    assert result.returncode == 0, result.stderr
+    assert compare(tmp_path / "f.npz", checkpoint, ["stage4", "pooled"]) == list(map(str, real))
 
 
 def test_onednn_gives_the_models_numbers(plain, photos, tmp_path):
@@ -171,6 +181,7 @@ def test_one_picture_and_a_list(plain, tmp_path):
 
 @pytest.mark.parametrize("arguments, status, words", [
     (["--precision=fp16"], 1, "--precision fp16 is for GPUs"),
+    (["--precision=fp16", "--check-with=x"], 1, "--check-with compares to 0.0001, which --precision fp16 cannot give"),
     (["--tensorrt=True"], 1, "--tensorrt is for GPUs"),
     (["--image-dir=/none"], 1, "--image-dir: /none does not exist"),
     (["--image-dir={}"], 1, "holds no pictures"),
@@ -232,6 +243,54 @@ def test_memory_does_not_grow_with_the_number_of_pictures(kind, both, tmp_path):
 
 
 # Their parts
+
+
+@pytest.mark.parametrize("names", [["stage4/../../x", "pooled"], ["stage5", "pooled"], ["stage4", "pooled", "stage4"]])
+def test_an_export_with_other_outputs_is_refused(plain, tmp_path, names):
+    found = yaml.safe_load((plain[1] / exported.DESCRIPTION).read_text())
+    (tmp_path / exported.DESCRIPTION).write_text(yaml.safe_dump(found))
+    assert exported.read(tmp_path).outputs == ("stage4", "pooled")
+    found["outputs"] = [{**found["outputs"][0], "name": name} for name in names]
+    (tmp_path / exported.DESCRIPTION).write_text(yaml.safe_dump(found))
+    with pytest.raises(UserError, match="inference.yml: is not as tools/export_model.py writes it"):
+        exported.read(tmp_path)
+
+
+class Named:
+    """As much of a source as PcaPictures asks for."""
+
+    def __init__(self, name):
+        self._name = name
+
+    def name(self, index):
+        return self._name
+
+
+def drawn(folder, name):
+    generator = np.random.default_rng(0)
+    pictures = extraction.PcaPictures(folder, Named(name))
+    views = generator.integers(0, 256, (1, 256, 256, 3), np.uint8)  # which no PNG makes small
+    pictures.add([0], views, generator.standard_normal((1, 64, 8, 8), np.float32))
+    pictures.close()
+
+
+def test_colours_of_a_picture_with_a_long_name(tmp_path):
+    drawn(tmp_path, "p/" + "x" + "ä𝄞" * 42 + ".jpg")  # 253 bytes, as a file system takes them
+    [path] = tmp_path.iterdir()
+    assert path.name == "000000_x" + "ä𝄞" * 33 + ".png"
+    assert Image.open(path).size == (512, 256)
+
+
+def test_a_full_disk_leaves_the_old_colours(tmp_path):
+    (tmp_path / "000000_a.png").write_bytes(b"old")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
+        with pytest.raises(UserError, match="--pca-dir: .*000000_a.png cannot be written .File too large"):
+            drawn(tmp_path, "a.jpg")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (tmp_path / "000000_a.png").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_features_file_has_the_rows_in_order_whatever_the_batches(tmp_path):

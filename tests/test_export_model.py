@@ -106,6 +106,12 @@ def test_onnx_has_names_and_open_sizes_and_the_models_numbers(tmp_path):
     np.testing.assert_allclose(session.run(["stage4"], {"image": images})[0], right, rtol=0, atol=1e-5 * np.abs(right).max())
 
 
+def test_the_model_that_an_export_is_compared_with_stays_as_it_is_in_training(tmp_path):
+    network = export.Network(backbone(18), [4])
+    export._save(network, tmp_path)
+    assert (tmp_path / exported.PADDLE_WEIGHTS).exists() and not hasattr(network.forward, "program_cache")
+
+
 def test_nothing_is_there_where_the_numbers_are_others(mine, tmp_path, monkeypatch):
     """Also what an earlier export left stays, and can be used."""
     path, out = mine

@@ -4,7 +4,6 @@ import asyncio
 import http.client
 import io
 import json
-import os
 import re
 import signal
 import socket
@@ -69,6 +68,13 @@ class Service:
         connection.sendall(f"POST /features HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n".encode())
         return connection
 
+    def expecting(self, length):
+        """The status of a POST, of which the body is sent only if that is asked for: 100, or what it is refused with."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=60) as connection:
+            connection.sendall(f"POST /features HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n"
+                               "Expect: 100-continue\r\n\r\n".encode())
+            return int(connection.recv(1000).split()[1])
+
     def end(self):
         """(exit status, stderr)"""
         self.process.send_signal(signal.SIGTERM)
@@ -99,18 +105,18 @@ def service(exported):
 @pytest.fixture(scope="module")
 def jpegs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("jpegs")
-    real = os.environ.get("PPDENSECL_TEST_DATA")
-    if real and os.path.isdir(real):
-        names = sorted(os.listdir(f"{real}/photos/images"))[:1200:100]
-        return [open(f"{real}/photos/images/{name}", "rb").read() for name in names]
     return [picture(folder / f"{number}.jpg", number, (200, 150)).read_bytes() for number in range(12)]
 
 
 @pytest.fixture(scope="module")
 def right(exported, jpegs):
     """The pooled features of `jpegs` by the training-side model."""
+    return pooled(exported[0], jpegs)
+
+
+def pooled(checkpoint, jpegs):
     views = np.stack([features.centre(decode(data, "jpeg"), (64, 64)) for data in jpegs])
-    return features.features(features.load_backbone(exported[0]), views)
+    return features.features(features.load_backbone(checkpoint), views)
 
 
 def form(**files):
@@ -137,6 +143,15 @@ def test_answers_are_the_models(service, jpegs, right):
     assert status == 200 and json.loads(body)["status"] == "ready"
 
 
+def test_answers_for_real_photos_are_the_models(service, exported, data_folder):
+    photos = [path.read_bytes() for path in sorted((data_folder / "photos" / "images").iterdir())[:1200:100]]
+    right = pooled(exported[0], photos)
+    for data, expected in zip(photos, right):
+        status, _, body = service.ask("POST", "/features", data)
+        assert status == 200
+        np.testing.assert_allclose(json.loads(body)["pooled"], expected, rtol=0, atol=1e-5 * np.abs(right).max())
+
+
 def bomb(side):
     """A valid PNG of side × side black pixels: some kilobytes."""
     def chunk(kind, data):
@@ -157,6 +172,7 @@ def test_bad_uploads_are_refused(service, jpegs):
         assert found[0] == status and words in found[1], found
         assert service.error("POST", "/dense", body)[0] == status
     assert service.ask("POST", "/features", bomb(5000))[0] == 200  # or the limit would be another
+    assert service.expecting(3 * 10**6) == 413 and service.expecting(10**6) == 100
     pieces = (bytes(10**5) for _ in range(30))  # chunked: no length is told before
     assert service.error("POST", "/features", pieces) == (413, "the body is larger than 2 MB")
     for (body, headers), words in [(form(a=whole), "no file 'b'"), (form(a=whole, b=b"text"), "b: not a picture"),
@@ -230,6 +246,7 @@ def test_more_than_the_queue_gets_503_slow_bodies_408_and_the_end_waits_for_who_
             time.sleep(0.02)
         status, headers, body = service.ask("POST", "/features", data)
         assert status == 503 and headers["retry-after"] == "1" and "3 requests wait already" in json.loads(body)["error"]
+        assert service.expecting(len(data)) == 503
         assert service.ask("GET", "/health")[0] == 200
         waiting[0].sendall(data)
         assert answer_on(waiting[0])[0] == 200
@@ -251,6 +268,30 @@ def test_more_than_the_queue_gets_503_slow_bodies_408_and_the_end_waits_for_who_
             socket.create_connection(("127.0.0.1", service.port), timeout=5)
     finally:
         service.process.kill()
+
+
+def test_connections_that_ask_for_nothing_are_closed(exported, jpegs):
+    service = Service(exported[1], "--queue", 1, "--timeout", 1)  # so that eight connections are the most
+    head = b"GET /health HTTP/1.1\r\nHost: x\r\n"
+    try:
+        idle = [socket.create_connection(("127.0.0.1", service.port), timeout=10) for _ in range(12)]
+        started = time.monotonic()
+        for connection in idle[6:9]:
+            connection.sendall(head)
+        assert service.ask("GET", "/health")[0] == 503
+        for connection in idle[:9]:
+            assert connection.recv(100) == b""
+        assert 0.5 < time.monotonic() - started < 4
+        assert service.ask("POST", "/features", jpegs[0])[0] == 200
+        with socket.create_connection(("127.0.0.1", service.port), timeout=10) as again:
+            again.sendall(head + b"\r\n")
+            assert answer_on(again)[0] == 200
+            with pytest.raises(OSError):  # for a second head that comes slowly
+                for byte in head:
+                    again.sendall(bytes([byte]))
+                    time.sleep(0.1)
+    finally:
+        service.end()
 
 
 def test_what_takes_too_long_gets_504_and_makes_room():

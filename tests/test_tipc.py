@@ -163,7 +163,7 @@ def test_configs_have_the_form_that_runners_read_by_line_numbers(path):
 def test_every_model_has_every_chain():
     found = {(path.parent.name, path.name) for path in CONFIGS}
     assert found == {(model, f"train_{chain}infer_python.txt") for model in ("densecl_r18", "densecl_r50", "moco_v2_r50")
-                     for chain in ("", "gpu_", "amp_", "fleet_")}
+                     for chain in ("", "gpu_", "amp_", "fleet_", "to_static_")}
 
 
 def test_one_and_several_cards(project):
@@ -348,6 +348,7 @@ def test_compare_results(tmp_path):
     assert compare(expected, write("nan.npz", rows * np.array([[1], [np.nan]], np.float32))).returncode == 1
     for wrong, says in ((write("few.npz", rows[:1], paths[:1]), "has no picture 1.png"),
                         (write("narrow.npz", rows[:, :2]), "has 2 channels, expected 3"),
+                        (write("twice.npz", rows[[0, 0, 1]], np.array(["a/0.png", "b/0.png", "a/1.png"])), "more than one picture 0.png"),
                         (write("objects.npz", rows, np.array([{}, {}])), "no pooled features can be read"),
                         (tmp_path / "none.npz", "no pooled features can be read")):
         done = compare(expected, wrong)

@@ -8,6 +8,8 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import extraction  # noqa: E402
 
+from ppdensecl.errors import UserError  # noqa: E402
+
 TOLERANCE = 1e-4  # of the largest value, between the exported network and the training-side one
 
 
@@ -19,6 +21,9 @@ def main():
     parser.add_argument("--check-with", metavar="CKPT", help="compare all outputs with those of the training-side model of this "
                         f"checkpoint; more than {TOLERANCE} of the largest value apart is an error")
     arguments = parser.parse_args()
+    if arguments.check_with and arguments.precision != "fp32":
+        raise UserError(f"--check-with compares to {TOLERANCE}, which --precision {arguments.precision} cannot give; leave one "
+                        "of them out")
 
     def engine(model):
         from ppdensecl.inference.engines import PaddleEngine

@@ -63,13 +63,19 @@ class Guard:
         async def answer(code, text, headers):
             await JSONResponse({"error": text}, code, headers)(scope, body.receive, send)
 
-        if _length(scope) > self.max_bytes:
-            await body.discard()
-            await answer(413, body.too_large, {"Connection": "close"})
+        async def refuse(code, text, headers):
+            if _header(scope, b"expect").lower() == b"100-continue":  # to read would be to ask for what is refused
+                headers = {**headers, "Connection": "close"}
+            else:
+                await body.discard()
+            await answer(code, text, headers)
+
+        length = _header(scope, b"content-length")
+        if length.isdigit() and int(length) > self.max_bytes:
+            await refuse(413, body.too_large, {"Connection": "close"})
             return
         if self._let_in >= self.queue:
-            await body.discard()
-            await answer(503, f"{self.queue} requests wait already; try again later", {"Retry-After": "1"})
+            await refuse(503, f"{self.queue} requests wait already; try again later", {"Retry-After": "1"})
             return
         self._change(1)
         try:
@@ -88,9 +94,8 @@ class Guard:
         self.metrics.let_in.set(self._let_in)
 
 
-def _length(scope):
-    value = dict(scope["headers"]).get(b"content-length", b"0")
-    return int(value) if value.isdigit() else 0
+def _header(scope, name):
+    return dict(scope["headers"]).get(name, b"")
 
 
 class _Body:

@@ -2,6 +2,7 @@
 python deploy/service/serve.py --model-dir output/RUN/inference --port 8000
 curl --data-binary @a.jpg http://127.0.0.1:8000/features"""
 
+import functools
 import signal
 import socket
 import sys
@@ -39,6 +40,7 @@ def main():
     try:
         import uvicorn
         from app import make
+        from connection import Connection
     except ImportError as error:
         raise UserError(f"the service needs a package that is missing ({error}); `pip install fastapi uvicorn python-multipart "
                         "prometheus-client`") from None
@@ -62,7 +64,8 @@ def main():
     app = make(model, engine, threads, arguments.batch_size, arguments.queue, arguments.max_megabytes * 10**6, arguments.timeout)
     for number in signal.SIGTERM, signal.SIGINT:
         signal.signal(number, lambda *_: None)  # uvicorn stops, and then raises the signal once more: the status would not be 0
-    config = uvicorn.Config(app, access_log=False, log_level="warning", timeout_keep_alive=5,
+    config = uvicorn.Config(app, http=functools.partial(Connection, seconds=arguments.timeout), access_log=False,
+                            log_level="warning", timeout_keep_alive=5,
                             limit_concurrency=8 * arguments.queue, timeout_graceful_shutdown=int(arguments.timeout) + 1)
     print(f"{model.title}: serving on http://{arguments.host}:{listening.getsockname()[1]}; {engine.title}", flush=True)
     uvicorn.Server(config).run(sockets=[listening])

@@ -6,6 +6,7 @@ Nothing in this package needs paddle until an engine is made of it: it runs wher
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 from typing import NamedTuple, Tuple
 
@@ -113,7 +114,9 @@ def read(folder):
             tuple(_checked(output["name"], str) for output in found["outputs"]))
         right = (len(exported.mean) == len(exported.std) == 3 and all(std > 0 for std in exported.std) and exported.view in VIEWS
                  and len(exported.size) == 2 and all(type(side) is int and 1 <= side <= 65536 for side in exported.size)
-                 and exported.maps and "pooled" in exported.outputs and set(exported.files) <= set(FILES))
+                 and exported.maps and "pooled" in exported.outputs and set(exported.files) <= set(FILES)
+                 and all(re.fullmatch("stage[1-4]|pooled", name) for name in exported.outputs)
+                 and len(set(exported.outputs)) == len(exported.outputs))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give a folder that tools/export_model.py wrote"
                         ) from None

@@ -41,14 +41,14 @@ class Network(nn.Layer):
     def __init__(self, backbone, stages):
         super().__init__()
         self.backbone = backbone
-        self._numbers = stages
+        self.numbers = stages
         self.maps = [f"stage{number}" for number in stages]
         self.outputs = (*self.maps, "pooled")
         self.eval()
 
     def forward(self, images):
         maps = self.backbone.stages(images)
-        return (*(maps[number - 1] for number in self._numbers), maps[self._numbers[-1] - 1].mean([2, 3]))
+        return (*(maps[number - 1] for number in self.numbers), maps[self.numbers[-1] - 1].mean([2, 3]))
 
 
 class Comparison:
@@ -139,7 +139,8 @@ def export(source, config, folder, stages=None, view="centre", onnx=False):
 
 def _save(network, folder):
     spec = paddle.static.InputSpec([None, 3, None, None], "float32", "image")
-    paddle.jit.save(paddle.jit.to_static(network, input_spec=[spec], full_graph=True), str(folder / "inference"))
+    traced = Network(network.backbone, network.numbers)  # to_static changes what it is given; `network` stays as in training
+    paddle.jit.save(paddle.jit.to_static(traced, input_spec=[spec], full_graph=True), str(folder / "inference"))
     for path in folder.iterdir():
         if path.name not in exported.FILES:  # names of variables, which nothing reads
             path.unlink()
