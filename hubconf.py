@@ -6,7 +6,7 @@
 
 import ppdensecl as _ppdensecl  # noqa: F401 (paddle.hub takes the clone off sys.path before it calls an entry point)
 
-dependencies = ["numpy", "cv2", "lmdb", "pydantic", "yaml"]
+dependencies = ["numpy", "cv2", "PIL", "yaml"]
 
 _HELP = """The ResNet-{depth} of DenseCL: its convolutional part, in eval mode.
 

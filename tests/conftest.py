@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+from PIL import ImageFile
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -22,6 +23,12 @@ def _folder(variable, what):
     if not path or not Path(path).is_dir():
         pytest.skip(f"{variable} names no folder with {what}")
     return Path(path)
+
+
+@pytest.fixture(autouse=True)
+def strict_pillow():
+    """Some library of the fine-tuning suites tells Pillow, when it is imported, to accept pictures that are cut short."""
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ pytest.importorskip("ppdet", reason="PaddleDetection is not installed")
 import paddle  # noqa: E402
 
 from ppdensecl.data import labelled_scenes  # noqa: E402
-from ppdensecl.data.synthetic import SyntheticSource  # noqa: E402
+from ppdensecl.data.synthetic import CLASSES, SyntheticSource  # noqa: E402
 from ppdensecl.engine import checkpoint  # noqa: E402
 from ppdensecl.errors import UserError  # noqa: E402
 from ppdensecl.interop import finetune, paddledet as det, paddledet_backbone as paddledet, precise_bn  # noqa: E402
@@ -277,11 +277,14 @@ def test_an_exported_detector_finds_what_the_trained_one_does(run_tool, coco, tm
     result = run_tool("finetune_det.py", "-c", BCCD, "train", *options, schedule(3), "iterations=2", "validate=false")
     assert result.returncode == 0, written(result)
     weights = f"weights={tmp_path}/faster_rcnn_r18_bccd/model_final.pdparams"
-    result = run_tool("finetune_det.py", "-c", BCCD, "export", "--out", tmp_path / "deploy", *options, weights)
+    result = run_tool("finetune_det.py", "-c", BCCD, "export", "--out", tmp_path / "deploy", *options, weights,
+                      "TestDataset.dataset_dir=nowhere")
     assert result.returncode == 0, written(result)
     result = run_tool("finetune_det.py", "-c", BCCD, "eval", *options, weights)
     assert result.returncode == 0, written(result)
     folder = tmp_path / "deploy" / "faster_rcnn_r18_bccd"
+    names = yaml.safe_load((folder / "infer_cfg.yml").read_text())["label_list"]
+    assert names == list(CLASSES)  # of the evaluation's json, whatever TestDataset says
     sample = {"image": SyntheticSource(4, size=(96, 128)).scene(0).picture, "im_shape": np.array([96, 128], np.float32),
               "scale_factor": np.ones(2, np.float32)}
     from ppdet.data.transform import operators

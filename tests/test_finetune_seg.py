@@ -288,6 +288,29 @@ def same_masks(config, model_path, folder):
     assert "type: Normalize" in (folder / "deploy.yaml").read_text()
 
 
+def test_own_pictures_by_the_documents_config(tmp_path):
+    """The snippet of docs/transfer.md, with another folder."""
+    snippet = re.search(r"```yaml\n(_base_: fcn_r50.*?)```", (ROOT / "docs/transfer.md").read_text(), re.DOTALL).group(1)
+    root = Path(camvid(tmp_path))
+    (root / "val.txt").write_text((root / "test.txt").read_text())
+    (tmp_path / "mine.yml").write_text(snippet.replace("_base_: ", f"_base_: {ROOT}/configs/seg/").replace("/my/data", str(root)))
+    builder = SegBuilder(seg.read_config(tmp_path / "mine.yml"))
+    assert len(builder.train_dataset) and len(builder.val_dataset) and builder.train_dataset.mode == "train"
+    assert builder.train_dataset.num_classes == 5 and builder.train_dataset[0]["img"].shape == (3, 512, 512)
+
+
+def test_a_file_in_the_place_of_the_folder_stays(small_config, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import finetune_seg
+
+    (tmp_path / "run").write_text("weights")
+    monkeypatch.setattr(sys, "argv", [str(each) for each in (
+        "finetune_seg.py", "-c", small_config, "train", "--batch_size", 2, "--save_dir", tmp_path / "run")])
+    with pytest.raises(UserError, match="cannot be made a folder"):
+        finetune_seg.main()
+    assert (tmp_path / "run").read_text() == "weights"
+
+
 @pytest.mark.parametrize("arguments, words", [
     (["--batch_size", 7], "6 pictures, fewer than a batch of 7"),
     (["--batch_size", 2, "--resume", "README.md"], "no folder of a checkpoint of PaddleSeg"),

@@ -90,3 +90,11 @@ print(float(backbone.bn1._mean[0]), sys.modules["ppdensecl"].__file__)
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, text=True, capture_output=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split()[-2:] == ["0.25", str(ROOT / "ppdensecl/__init__.py")]
+
+
+def test_it_imports_no_more_than_it_asks_for():
+    """paddle.hub refuses where one of `dependencies` is missing, and a user where another one is."""
+    code = ("import sys\nfor name in ('lmdb', 'pydantic', 'tqdm', 'visualdl', 'matplotlib'): sys.modules[name] = None\n"
+            "import hubconf\nhubconf.densecl_resnet18()\nprint(hubconf.dependencies)")
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, timeout=100)
+    assert result.returncode == 0 and "'cv2'" in result.stdout, result.stderr

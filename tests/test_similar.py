@@ -1,6 +1,7 @@
 """A search by example: what is the same is found first, in its place, and the sheet can be read."""
 
 import json
+import shutil
 
 import cv2
 import numpy as np
@@ -20,12 +21,17 @@ def world(tmp_path_factory):
     (folder / "p").mkdir()
     for i in range(12):
         cv2.imwrite(str(folder / "p" / f"{i:02}.png"), scenes.scene(i).picture[:, :, ::-1])
+    (folder / "p" / "broken.png").write_bytes(b"broken")
     return folder
 
 
 def test_what_is_the_same_is_found_first(world, run_tool):
+    (world / "index").mkdir()
+    np.save(world / "index" / "old.npy", np.zeros(3))
     result = run_tool("similar.py", world / "index", "--pictures", world / "p", "--checkpoint", world / "b", "--size", "128", "160")
-    assert result.returncode == 0 and "12 pictures" in result.stdout, result.stderr
+    assert result.returncode == 0 and "12 pictures, 1 left out" in result.stdout, result.stderr
+    assert "left out: " in result.stderr and "broken.png" in result.stderr
+    assert len(list((world / "index").glob("*.npy"))) == 2  # and no old ones
     # Turned by half: the same pooled feature nearly, the same place elsewhere.
     picture = cv2.imread(str(world / "p" / "07.png"))
     moved = np.roll(picture, (32, 48), (0, 1))
@@ -49,6 +55,17 @@ def test_bad_input_is_one_sentence(world, run_tool, arguments, status, words):
         run_tool("similar.py", world / "index", "--pictures", world / "p", "--checkpoint", world / "b", "--size", "128", "160")
     result = run_tool("similar.py", world / "index", *(text.format(world) for text in arguments))
     assert result.returncode == status and words in result.stderr and "Traceback" not in result.stderr, result.stderr
+
+
+def test_changed_pictures_and_a_missing_file_ask_for_a_new_index(world, run_tool, tmp_path):
+    shutil.copytree(world / "p", tmp_path / "p")
+    run_tool("similar.py", tmp_path / "i", "--pictures", tmp_path / "p", "--checkpoint", world / "b", "--size", "128", "160")
+    cv2.imwrite(str(tmp_path / "p" / "03.png"), np.zeros((50, 50, 3), np.uint8))
+    for change in (lambda: None, (tmp_path / "p" / "04.png").unlink, next((tmp_path / "i").glob("*.npy")).unlink):
+        change()
+        result = run_tool("similar.py", tmp_path / "i", world / "p" / "01.png")
+        assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
+    assert "make the index again" in result.stderr
 
 
 def test_no_index_and_a_damaged_one(world, run_tool, tmp_path):

@@ -31,6 +31,7 @@ def read_arguments():
     parser.add_argument("--processes", type=int, metavar="N",
                         help="share the extraction of features among N processes on this machine's CPU; GPUs: "
                              "paddle.distributed.launch")
+    parser.add_argument("--no-random", action="store_true", help="do not score a random start beside it")
     data = parser.add_argument_group("labelled pictures")
     data.add_argument("--train-dir", metavar="DIR", help="a folder of pictures for each class")
     data.add_argument("--test-dir", metavar="DIR", help="the same, for the score")
@@ -104,33 +105,35 @@ def main():
     parallel.start()
     look, score = tasks.TASKS[arguments.task](options, config)
     trained = features.load_backbone(arguments.checkpoint)
-    fresh = features.random_backbone(trained.depth, len(trained.feat_channels), config.seed)
-    seen = {"trained": look(trained), "random": look(fresh)}
+    seen = {"trained": look(trained)}
+    if not arguments.no_random:
+        seen["random"] = look(features.random_backbone(trained.depth, len(trained.feat_channels), config.seed))
     if not parallel.is_main():
         return
-    result = {"task": arguments.task, "checkpoint": arguments.checkpoint, "seed": config.seed, "options": vars(options)}
-    if hasattr(options, "count"):
-        result["count"] = options.count
-    details = {name: score(found) for name, found in seen.items()}
-    for name, scores in details.items():
-        result[name], result["chance"] = scores["accuracy"], scores["chance"]
-    print(_line(arguments.task, result["trained"], result["random"]) + f", chance {100 * result['chance']:.1f} %")
-    for name, share in details["trained"].get("shown", {}).items():
-        print(_line(f"  {name}", share, details["random"]["shown"][name]))
-    if arguments.out:
-        result = {**result, "details": details, "command": shlex.join(sys.argv), "config": config.model_dump(),
-                   "checkpoint_sha256": checkpoint.sha256_of(features.weights_file(arguments.checkpoint)),
-                   "environment": tasks.environment(), "seconds": round(time.monotonic() - started, 1)}
-        temporary = f"{arguments.out}.tmp{os.getpid()}"
+    result = {"task": arguments.task, "checkpoint": arguments.checkpoint, "seed": config.seed, "options": vars(options),
+              "details": {}, "command": shlex.join(sys.argv), "config": config.model_dump(),
+              "checkpoint_sha256": checkpoint.sha256_of(features.weights_file(arguments.checkpoint)),
+              "environment": tasks.environment()}
+    for name, found in seen.items():
         try:
-            Path(temporary).write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
-            os.replace(temporary, arguments.out)
-        except OSError as error:
-            raise UserError(f"--out {arguments.out}: cannot be written ({error.strerror})") from None
+            scores = result["details"][name] = score(found)
+        except UserError as error:
+            if name == "trained":
+                raise
+            print(f"note: the random start has no score: {error}", file=sys.stderr)
+            break
+        result[name], result["chance"] = scores["accuracy"], scores["chance"]
+        result["seconds"] = round(time.monotonic() - started, 1)
+        if arguments.out:  # after each, for either may take days
+            checkpoint.write_text(arguments.out, json.dumps(result, indent=1, ensure_ascii=False))
+    details = result["details"]
+    print(_line(arguments.task, result["trained"], result.get("random")) + f", chance {100 * result['chance']:.1f} %")
+    for name, share in details["trained"].get("shown", {}).items():
+        print(_line(f"  {name}", share, details["random"]["shown"][name] if "random" in details else None))
 
 
 def _line(name, trained, random):
-    return f"{name}: trained {100 * trained:.1f} %, random start {100 * random:.1f} %"
+    return f"{name}: trained {100 * trained:.1f} %" + ("" if random is None else f", random start {100 * random:.1f} %")
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ def main():
     except ImportError as error:
         raise command_line.UserError(f"PaddleDetection cannot be imported ({error}); install it as requirements.txt "
                                      "says") from error
+    from ppdensecl import parallel
     from ppdensecl.engine import device
 
     device.select(arguments.device)
@@ -48,6 +49,8 @@ def main():
         print(f"written: {arguments.out}")
         return
     results = det.train(config, arguments.resume) if arguments.mode == "train" else det.evaluate(config)
+    if not parallel.is_main():  # one rank evaluates
+        return
     for kind in ("bbox", "mask"):
         if kind in results:
             ap, ap50, ap75 = (100 * max(number, 0) for number in results[kind][:3])

@@ -37,6 +37,7 @@ def _parser():
     group.add_argument("--keep_checkpoint_max", type=int, default=5)
     group.add_argument("--log_iters", type=int, default=10)
     group.add_argument("--no_eval", action="store_true", help="do not evaluate at each checkpoint")
+    group.add_argument("--use_ema", action="store_true", help="also keep an average of the weights, SAVE_DIR/…/ema_model.pdparams")
     group.add_argument("--use_vdl", action="store_true", help="write VisualDL curves to SAVE_DIR")
     group.add_argument("--seed", type=int, help="of weights, crops and order; with workers, their crops differ all the same")
     group = parser.add_argument_group("eval, export and precise_bn")
@@ -45,6 +46,9 @@ def _parser():
     group.add_argument("--aug_eval", action="store_true", help="eval: with --scales and --flip_horizontal")
     group.add_argument("--scales", nargs="+", type=float, default=[1.0])
     group.add_argument("--flip_horizontal", action="store_true")
+    group.add_argument("--is_slide", action="store_true", help="eval: windows of --crop_size, --stride apart")
+    group.add_argument("--crop_size", nargs=2, type=int, metavar=("W", "H"))
+    group.add_argument("--stride", nargs=2, type=int, metavar=("W", "H"))
     group.add_argument("--input_shape", nargs=4, type=int, metavar=("N", "C", "H", "W"), default=[-1, 3, -1, -1],
                        help="export: -1 is any length")
     group.add_argument("--output_op", choices=["argmax", "softmax"], default="argmax")
@@ -56,6 +60,8 @@ def main():
     arguments = parser.parse_args()
     needed = {"train": ["save_dir"], "eval": ["model_path"], "export": ["model_path", "save_dir"],
               "precise_bn": ["model_path", "save_dir"]}[arguments.mode]
+    if arguments.is_slide and not (arguments.crop_size and arguments.stride):
+        parser.error("--is_slide needs --crop_size and --stride")
     for name in needed:
         if getattr(arguments, name) is None:
             parser.error(f"{arguments.mode} needs --{name}")
@@ -73,11 +79,13 @@ def main():
     shared = {name: getattr(arguments, name) for name in ("num_workers", "precision", "amp_level")}
     seg.utils.set_seed(arguments.seed)
     if arguments.mode == "train":
-        own = ("save_interval", "keep_checkpoint_max", "log_iters", "use_vdl")
+        own = ("save_interval", "keep_checkpoint_max", "log_iters", "use_vdl", "use_ema")
         seg.train(config, arguments.save_dir, arguments.resume, not arguments.no_eval, **shared,
                   **{name: getattr(arguments, name) for name in own})
     elif arguments.mode == "eval":
         more = {"scales": arguments.scales, "flip_horizontal": arguments.flip_horizontal} if arguments.aug_eval else {}
+        if arguments.is_slide:
+            more.update(is_slide=True, crop_size=arguments.crop_size, stride=arguments.stride)
         scores = seg.evaluate(config, arguments.model_path, aug_eval=arguments.aug_eval, **more, **shared)
         print(f"{arguments.model_path}: mIoU {scores['mIoU']:.4f}, pixel accuracy {scores['Acc']:.4f}")
     elif arguments.mode == "precise_bn":

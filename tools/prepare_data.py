@@ -7,7 +7,7 @@ python tools/prepare_data.py coco --root data/coco --fraction 0.1               
 python tools/prepare_data.py cityscapes --root data/cityscapes                            labels of the 19 classes
 python tools/prepare_data.py synthetic --output data/scenes                               boxes, masks, labels: to try fine-tuning
 
-Nothing is downloaded; what is missing is named. Interrupted or killed, the same command goes on where it was.
+Nothing is downloaded; what is missing is named. Interrupted or killed, the same command goes on where it was (synthetic begins anew).
 """
 
 import argparse

@@ -7,6 +7,7 @@ The sheet's first row has the most similar pictures as a whole, the second the p
 """
 
 import argparse
+import sys
 
 import command_line
 
@@ -42,8 +43,10 @@ def main():
     if arguments.pictures:
         size = tuple((arguments.size * 2)[:2])
         backbone = features.load_backbone(arguments.checkpoint)
-        count = similar.build(arguments.index, arguments.pictures, backbone, size, arguments.stage)
-        print(f"{arguments.index}: {count} pictures")
+        count, bad = similar.build(arguments.index, arguments.pictures, backbone, size, arguments.stage)
+        for error in bad:
+            print(f"left out: {error}", file=sys.stderr)
+        print(f"{arguments.index}: {count} pictures" + (f", {len(bad)} left out" if bad else ""))
     if not arguments.query:
         return
     from ppdensecl.data.picture import UndecodableError, decode

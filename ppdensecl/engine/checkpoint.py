@@ -142,6 +142,15 @@ def load_optimizer(path):
     return read_arrays(f"{_stem(path)}.pdopt")
 
 
+def make_folder(path):
+    """Makes a folder, and those above it, and gives its Path. Raises UserError where a file has that name, or it cannot be."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be made a folder to write to ({error.strerror}); give another one") from None
+    return Path(path)
+
+
 def write_text(path, text):
     """Writes a text file, or leaves the old one. Raises UserError."""
     _write(Path(path), lambda file: file.write(text.encode()))

@@ -158,13 +158,16 @@ def extract(backbone, pictures, size, folder, stage=None, pooling="mean", view=c
     with _on_all_ranks(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         there = path.exists()
+    there = bool(parallel.gather(paddle.to_tensor([[float(there)]])).numpy()[0, 0])  # as rank 0 sees it
     if not there:
         groups = in_order(len(pictures))
         mine = groups[parallel.rank()::parallel.world_size()]
         parts = (features(backbone, views, stage, pooling) for views in batches(
             pictures, mine, lambda picture, _: view(picture, size)))
         _write(path, len(pictures), -(-len(groups) // parallel.world_size()), zip((group[0] for group in mine), parts))
-    return _read(path), 0 if there else len(pictures)
+    with _on_all_ranks(path):
+        found = _read(path)
+    return found, 0 if there else len(pictures)
 
 
 @contextlib.contextmanager

@@ -45,9 +45,16 @@ def listed(pictures, path):
     """int64 [n], ascending: the pictures whose names stand in a file, a line each, with folders or without (as SimCLR's
     1percent.txt, which others use too). Raises UserError where one is not among the pictures."""
     path = existing("--split", path, "a text file with a picture's name on each line", os.path.isfile)
-    lines = contents("--split", path).split()
-    places = {pictures.names[i]: i for i in range(len(pictures))}
-    places.update({os.path.basename(name): i for name, i in list(places.items())})
+    lines = [line.strip() for line in contents("--split", path).splitlines() if line.strip()]
+    places, ambiguous = {}, set()
+    for i in range(len(pictures)):
+        short = os.path.basename(pictures.names[i])
+        ambiguous |= {short} & places.keys()
+        places[short] = i
+    places.update({pictures.names[i]: i for i in range(len(pictures))})
+    for line in lines:
+        if line in ambiguous and b"/" not in line:
+            raise UserError(f"--split {path}: several training pictures are called {os.fsdecode(line)}; write CLASS/NAME")
     missing = [line for line in lines if line not in places]
     if missing or not lines:
         raise UserError(f"--split {path}: " + (f"{os.fsdecode(missing[0])} is none of the training pictures ({len(missing)} of "

@@ -1,7 +1,7 @@
 """Which pictures, and which places in them, look like this one? What a backbone without any labels can be asked.
 
 An index is a folder: the backbone's weights, its pooled features and feature maps of all pictures (each squeezed into one view),
-and index.json, which says of which pictures, of what size.
+and index.json, which says of which pictures, and of what size.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ppdensecl.data.picture import UndecodableError
 from ppdensecl.data.sources import FolderSource
 from ppdensecl.engine import checkpoint
 from ppdensecl.errors import UserError
@@ -22,42 +23,66 @@ WEIGHTS, DESCRIPTION = "backbone.pdparams", "index.json"
 
 
 def build(folder, pictures, backbone, size, stage=None):
-    """Makes the index `folder` of the pictures below a folder. size: (height, width) of the view. Returns their number."""
-    names = FolderSource(pictures).names
-    found = Labelled(os.path.abspath(pictures), [names[i] for i in range(len(names))], np.zeros(len(names), np.int64))
+    """Makes the index `folder` of the pictures below a folder, in place of an earlier one. size: (height, width) of the view.
+
+    Returns (number of pictures, the UndecodableErrors of those that were left out). Raises UserError.
+    """
+    names, kept, bad = FolderSource(pictures).names, [], []
+    found = _pictures(pictures, [names[i] for i in range(len(names))])
+    for i in range(len(found)):
+        try:
+            found.picture(i)
+            kept.append(i)
+        except UndecodableError as error:
+            bad.append(error)
+    if not kept:
+        raise UserError(f"--pictures: none of the {len(bad)} pictures of {pictures} can be read ({bad[0]})")
+    found = found.only(kept)
     stage = stage or len(backbone.feat_channels)
-    _extracted(folder, found, backbone, size, stage)
     try:
+        files = [features.extract(backbone, found, size, folder, stage, pooling, features.whole)[0].filename
+                 for pooling in ("mean", "map")]
         checkpoint.write_arrays(Path(folder) / WEIGHTS, {name: value.numpy() for name, value in backbone.state_dict().items()})
         temporary = Path(folder) / f".{DESCRIPTION}.tmp{os.getpid()}"
-        temporary.write_text(json.dumps({"root": str(found.root), "size": list(size), "stage": stage,
-                                         "pictures": [os.fsdecode(names[i]) for i in range(len(names))]}, indent=0))
+        temporary.write_text(json.dumps({
+            "root": str(found.root), "size": list(size), "stage": stage, "files": [Path(file).name for file in files],
+            "fingerprint": found.fingerprint(), "pictures": [os.fsdecode(found.names[i]) for i in range(len(found))]}, indent=0))
         os.replace(temporary, Path(folder) / DESCRIPTION)
+        for old in Path(folder).glob("*.npy"):  # of an earlier index
+            if str(old) not in map(str, files):
+                old.unlink()
+    except UserError as error:
+        raise UserError(str(error).replace("another --cache", "another INDEX_DIR")) from None
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
-    return len(found)
+    return len(found), bad
 
 
-def _extracted(folder, pictures, backbone, size, stage):
-    return [features.extract(backbone, pictures, size, folder, stage, pooling, features.whole)[0] for pooling in ("mean", "map")]
+def _pictures(root, names):
+    return Labelled(os.path.abspath(root), names, np.zeros(len(names), np.int64))
 
 
 class Index:
-    """An index that `build` has made. Raises UserError where it is not whole; pictures that have changed are computed again."""
+    """An index that `build` has made. Raises UserError where it is not whole, or its pictures are no longer what they were."""
 
     def __init__(self, folder):
+        again = "make the index again with --pictures and --checkpoint"
         try:
             found = json.loads((Path(folder) / DESCRIPTION).read_text())
-            self.size, self.stage = tuple(found["size"]), found["stage"]
-            self.pictures = Labelled(found["root"], [os.fsencode(name) for name in found["pictures"]],
-                                     np.zeros(len(found["pictures"]), np.int64))
+            self.size = tuple(map(int, found["size"]))
+            self.stage = int(found["stage"])
+            self.pictures = _pictures(found["root"], [os.fsencode(name) for name in found["pictures"]])
+            self.pooled, self.maps = (np.load(Path(folder) / Path(name).name, mmap_mode="r") for name in found["files"])
+            whole = len(self.pooled) == len(self.maps) == len(self.pictures) and len(self.size) == 2
         except OSError as error:
-            raise UserError(f"{folder}: holds no index ({DESCRIPTION}: {error.strerror}); make it with --pictures and "
-                            "--checkpoint") from None
+            raise UserError(f"{folder}: holds no whole index ({error.filename}: {error.strerror}); {again}") from None
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"{folder}/{DESCRIPTION}: is damaged; make the index again with --pictures and --checkpoint") from None
+            whole = False
+        if not whole:
+            raise UserError(f"{folder}/{DESCRIPTION}: is damaged, or its files are; {again}")
+        if self.pictures.fingerprint() != found["fingerprint"]:
+            raise UserError(f"{found['root']}: pictures have changed since the index {folder} was made; {again}")
         self.backbone = features.load_backbone(Path(folder) / WEIGHTS)
-        self.pooled, self.maps = _extracted(folder, self.pictures, self.backbone, self.size, self.stage)
         # Features behind a ReLU are all alike, until what all pictures share is taken off.
         self._mean = self.pooled.mean(0)
 

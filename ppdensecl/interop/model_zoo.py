@@ -45,19 +45,21 @@ def pack(source, folder, name, licence=None):
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror}); give another --out") from None
     temporary = folder / f".{name}.tmp{os.getpid()}.pdparams"
+    facts, notes = _training(found)
     try:
         checkpoint.write_arrays(temporary, {key: value.numpy() for key, value in model.state_dict().items()})
         digest = checkpoint.sha256_of(temporary)
         out = folder / f"{name}-{digest[:8]}.pdparams"
         if out.exists() and out.samefile(found.file):
             raise UserError(f"{out}: is packed already")
-        facts, notes = _training(found)
         facts = {"name": name, "file": out.name, "sha256": digest, **_counts(model), **facts, "license": licence or "not stated"}
-        os.replace(temporary, out)
+        checkpoint.write_text(out.with_suffix(".json"), json.dumps({**facts, "checksum": _checksum(facts)}, indent=1) + "\n")
+        os.replace(temporary, out)  # last: where it is, it can be verified
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); give another --out") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-    checkpoint.write_text(out.with_suffix(".json"), json.dumps({**facts, "checksum": _checksum(facts)}, indent=1) + "\n")
     return [found.description(), *found.notes, *notes, f"written: {out} and {out.with_suffix('.json').name}, {_size(facts)}"]
 
 
@@ -113,15 +115,17 @@ def _training(found):
     states = checkpoint.verify(states_file) if states_file.is_file() else {}
     config = None if states.get("converted") else states.get("config")  # of a converted one it is only the recipe's
     beside = Path(found.file).with_name("config.yaml")
-    if not states and beside.is_file():
+    ours = found.layout == "ours" or found.file.endswith(".pdparams")  # beside others' files may lie anything
+    if ours and not states and beside.is_file():
         try:
             config = load_config(beside).model_dump()
         except UserError:
             notes.append(f"left out: {beside}, which is no config of this project")
-    date = datetime.datetime.fromtimestamp(states.get("saved_at", os.path.getmtime(found.file)), datetime.timezone.utc)
-    return {"epoch": found.epoch, "iteration": found.iteration, "date": date.date().isoformat(),
-            "config": _without_paths(config),
-            "versions": states.get("versions") or {"ppdensecl": ppdensecl.__version__, "paddle": paddle.__version__},
+    date = states.get("saved_at")
+    if date is not None:
+        date = datetime.datetime.fromtimestamp(date, datetime.timezone.utc).date().isoformat()
+    return {"epoch": found.epoch, "iteration": found.iteration, "date": date, "config": _without_paths(config),
+            "versions": states.get("versions"),
             "source": {"kind": layouts.LAYOUTS[found.layout], "sha256": checkpoint.sha256_of(found.file)}}, notes
 
 

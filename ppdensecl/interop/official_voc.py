@@ -16,6 +16,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from ppdensecl.errors import UserError
+from ppdensecl.evaluation.labelled import VOC_CLASSES as CLASSES
 from ppdensecl.interop.official_data import (IGNORED, check_all, check_label, counted, existing, in_processes, read_json,
                                              write, write_label)
 
@@ -24,8 +25,6 @@ TRAINVAL_2007 = f"VOCtrainval_06-Nov-2007.tar ({SITE}/voc2007)"
 TEST_2007 = f"VOCtest_06-Nov-2007.tar ({SITE}/voc2007)"
 TRAINVAL_2012 = f"VOCtrainval_11-May-2012.tar ({SITE}/voc2012)"
 SBD = "the SBD archive benchmark.tgz (http://home.bharathh.info/pubs/codes/SBD/download.html)"
-CLASSES = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog", "horse",
-           "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor")
 # json, whether difficult objects are left out of the evaluation, official number of pictures, (year, list, download)
 DETECTION = (
     ("instances_trainval0712.json", False, 16_551, (("2007", "trainval", TRAINVAL_2007), ("2012", "trainval", TRAINVAL_2012))),

@@ -22,8 +22,9 @@ from ppdet.engine.callbacks import Callback
 from ppdensecl import parallel
 from ppdensecl.engine import checkpoint
 from ppdensecl.errors import UserError
-from ppdensecl.interop import paddledet_components, precise_bn  # noqa: F401 (the first one registers)
+from ppdensecl.interop import precise_bn
 from ppdensecl.interop.layouts import listed
+from ppdensecl.interop.paddledet_components import IterationSteps  # which registers the others too
 from ppdensecl.interop.paddledet_backbone import check_variant, load
 from ppdensecl.interop.paddledet_config import read_config  # noqa: F401 (for the tool)
 from ppdensecl.interop.paddledet_repairs import LOGGER, full_graph, repair
@@ -60,6 +61,11 @@ class Trainer(ppdet.engine.Trainer):
                                 "smaller batch")
             self.whole_loader = self.loader
             if config.get("iterations"):
+                last = max((max(steps.milestones) for steps in config.LearningRate["schedulers"]
+                            if isinstance(steps, IterationSteps) and steps.milestones), default=0)
+                if last >= config.iterations:
+                    LOGGER.warning(f"the learning rate falls at {last} iterations, but the training has {config.iterations}; set "
+                                   "LearningRate.schedulers")
                 self.cfg.epoch = self.end_epoch = math.ceil(config.iterations / len(self.loader))
 
     def _reset_metrics(self):
@@ -138,9 +144,10 @@ def _whole(model, path):
         raise UserError(f"{file}: no such file; give a checkpoint of PaddleDetection without suffix")
     arrays = checkpoint.read_arrays(file)
     unfit = [name for name, value in state.items() if name not in arrays or list(arrays[name].shape) != list(value.shape)]
+    unfit += [name for name in arrays if name not in state]
     if unfit:
-        raise UserError(f"{file}: {len(unfit)} of the {len(state)} tensors of the config's model are missing or of "
-                        f"another shape: {listed(unfit)}")
+        raise UserError(f"{file}: {len(unfit)} of the {len(state)} tensors of the config's model are missing, of "
+                        f"another shape or too many: {listed(unfit)}")
     for name, value in state.items():
         value.set_value(arrays[name].astype(str(value.dtype).rpartition(".")[2]))
 
@@ -170,6 +177,7 @@ def make_precise(config, out):
     """
     source = f"{_stem(config.weights)}.pdparams"
     precise_bn.check_output(out, source)
+    checkpoint.make_folder(Path(out).parent)
     merge_config({"validate": False})
     trainer = Trainer(config, "train")
     _whole(trainer.model, source)
@@ -177,12 +185,16 @@ def make_precise(config, out):
         trainer.model = nn.SyncBatchNorm.convert_sync_batchnorm(trainer.model)
     trainer.precise_bn(config.get("precise_bn") or precise_bn.BATCHES)
     if parallel.is_main():
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
         checkpoint.write_arrays(out, {name: value.numpy() for name, value in trainer.model.state_dict().items()})
 
 
 def export_model(config, folder):
     """Writes the network with weights `weights` for Paddle Inference (pictures one by one) under `folder`; returns where."""
+    annotations = Path(config.EvalDataset["dataset_dir"], config.EvalDataset["anno_path"])
+    if not annotations.is_file():  # PaddleDetection would write COCO's 80 names
+        raise UserError(f"{annotations}: no such file, which has the names of the classes; set EvalDataset.dataset_dir and anno_path")
+    config.TestDataset["dataset_dir"], config.TestDataset["anno_path"] = map(config.EvalDataset.get, ("dataset_dir", "anno_path"))
+    checkpoint.make_folder(folder)
     merge_config({"export_onnx": True})  # the form without loops over pictures, which are what to_static refuses
     trainer = Trainer(config, "test")
     _whole(trainer.model, config.weights)

@@ -15,6 +15,7 @@ import yaml
 from ppdet.core.config import yaml_helpers
 from ppdet.core.workspace import merge_config
 
+from ppdensecl.engine import checkpoint
 from ppdensecl.errors import UserError
 from ppdensecl.interop.safetensors_file import show
 
@@ -54,7 +55,7 @@ def read_config(path, overrides=()):
             raise UserError(f"'{key}' is {show(value)}, expected a whole number ({what}) from {least}, or null for none")
     folder = Path(config.save_dir) / config.filename  # where PaddleDetection writes its checkpoints
     config.output_eval, config.vdl_log_dir = str(folder), str(folder / "vdl")
-    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.make_folder(folder)
     config.use_gpu = paddle.get_device().startswith("gpu")
     return config
 

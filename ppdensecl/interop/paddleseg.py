@@ -264,6 +264,7 @@ def train(config, save_dir, resume=None, evaluate=True, **options):
     if resume is not None:
         _check_resume(model, Path(resume), config.iters)
     model = utils.convert_sync_batchnorm(model, "gpu")  # where there are several
+    checkpoint.make_folder(save_dir)  # PaddleSeg would delete a file of that name
     paddleseg.core.train(model, pictures, val_dataset=validation, optimizer=_built(builder, "optimizer"),
                          losses=_built(builder, "loss"), save_dir=str(save_dir), iters=config.iters,
                          batch_size=config.batch_size, resume_model=None if resume is None else str(resume),
@@ -296,13 +297,13 @@ def make_precise(config, model_path, save_dir, batches=precise_bn.BATCHES, num_w
     """
     out = Path(save_dir) / "model.pdparams"
     precise_bn.check_output(out, model_path)
+    checkpoint.make_folder(save_dir)
     parallel.start()
     builder = SegBuilder(config)
     sampler = paddle.io.DistributedBatchSampler(_training_pictures(builder), config.batch_size, shuffle=True, drop_last=True)
     loader = paddle.io.DataLoader(sampler.dataset, batch_sampler=sampler, num_workers=num_workers, return_list=True,
                                   worker_init_fn=utils.worker_init_fn)
     model = utils.convert_sync_batchnorm(whole_model(builder, model_path), "gpu")
-    out.parent.mkdir(parents=True, exist_ok=True)
     pictures = (data["img"] for data in precise_bn.repeated(loader, batches))
     used, total = precise_bn.estimate(model, pictures)
     if parallel.is_main():
@@ -325,7 +326,7 @@ def export(config, model_path, save_dir, input_shape=(None, 3, None, None), outp
     model = WrappedModel(whole_model(builder, model_path), output_op)
     model.eval()
     model = paddle.jit.to_static(model, input_spec=[paddle.static.InputSpec(list(input_shape), "float32")], full_graph=True)
-    stem = Path(save_dir) / "model"
+    stem = checkpoint.make_folder(save_dir) / "model"
     paddle.jit.save(model, str(stem))
     program = next(path for path in map(stem.with_suffix, (".json", ".pdmodel")) if path.is_file())
     deploy = {"model": program.name, "params": "model.pdiparams", "output_op": output_op,
