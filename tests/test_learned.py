@@ -1,7 +1,7 @@
 """Does a backbone that was really trained beat a random start on real pictures, in every probe, and a control nothing?
 
-PPDENSECL_TEST_RUN names the folder of a finished run of configs/densecl_r18_photos.yaml; without it these are skipped. About
-10 minutes on one thread of a busy machine. Patches of CamVid of six classes, equally many of each: with shuffled labels the share of 360 right answers
+PPDENSECL_TEST_RUN names the folder of a finished run of configs/densecl_r18_photos.yaml; without it these are skipped. About ten
+minutes on one thread. Patches of CamVid of six classes, equally many of each: with shuffled labels the share of 360 right answers
 stays within four standard deviations of 1/6 (mean average precision: of the classes' share, 1/6).
 """
 
