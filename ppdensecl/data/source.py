@@ -1,4 +1,4 @@
-"""What the sources of pictures share: names in one block of memory, reading with one kind of error, checks of paths."""
+"""What the sources of pictures share: names in one block of memory, reading with one kind of error, checks of files."""
 
 from __future__ import annotations
 
@@ -74,6 +74,15 @@ class Source:
 def check_bytes(size):
     if size > MAX_BYTES:
         raise OSError(f"{size / 1e9:.1f} GB are more than any picture has")
+
+
+def sha256_of(path):
+    """The sha256 of a file, in hex."""
+    sha256 = hashlib.sha256()
+    with open(path, "rb") as file:
+        for piece in iter(lambda: file.read(1 << 20), b""):
+            sha256.update(piece)
+    return sha256.hexdigest()
 
 
 def existing(key, path, right, is_right):

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import paddle
 
+from ppdensecl.data.source import sha256_of
 from ppdensecl.errors import UserError
 from ppdensecl.interop.safetensors_file import show
 from ppdensecl.interop.torch_file import read_pickle
@@ -282,15 +283,6 @@ def _last_saved_first(folder):
 def _checksum(states):
     rest = {key: value for key, value in states.items() if key != "checksum"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def sha256_of(path):
-    """The sha256 of a file, in hex."""
-    sha256 = hashlib.sha256()
-    with open(path, "rb") as file:
-        for piece in iter(lambda: file.read(1 << 20), b""):
-            sha256.update(piece)
-    return sha256.hexdigest()
 
 
 def _stem(path):

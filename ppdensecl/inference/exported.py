@@ -5,7 +5,6 @@ Nothing in this package needs paddle until an engine is made of it: it runs wher
 
 from __future__ import annotations
 
-import hashlib
 import re
 from pathlib import Path
 from typing import NamedTuple, Tuple
@@ -13,6 +12,7 @@ from typing import NamedTuple, Tuple
 import numpy as np
 import yaml
 
+from ppdensecl.data.source import sha256_of
 from ppdensecl.data.transforms import resize
 from ppdensecl.errors import UserError
 
@@ -89,14 +89,6 @@ def covering(size):
 def whole(picture, size):
     """All of the picture, squeezed into the view."""
     return resize(picture, size)
-
-
-def sha256_of(path):
-    sha256 = hashlib.sha256()
-    with open(path, "rb") as file:
-        for piece in iter(lambda: file.read(1 << 20), b""):
-            sha256.update(piece)
-    return sha256.hexdigest()
 
 
 def read(folder):
