@@ -37,6 +37,19 @@ def data_folder():
     return _folder("PPDENSECL_TEST_DATA", "the research pictures")
 
 
+@pytest.fixture(scope="session")
+def exported_r18(tmp_path_factory):
+    """(checkpoint, folder of its export) of a ResNet-18; not to be changed."""
+    from ppdensecl.interop import export
+    from test_export_finetune import written
+    from test_export_model import config
+
+    folder = tmp_path_factory.mktemp("exported_r18")
+    _, path = written(folder, 18)
+    export.export(str(path), config(), folder / "out")
+    return path, folder / "out"
+
+
 @pytest.fixture
 def run_tool():
     """run_tool("train.py", "-c", …) → CompletedProcess with text output; never longer than `timeout` seconds."""

@@ -22,7 +22,7 @@ from ppdensecl.inference.features_file import FeaturesFile
 from ppdensecl.interop import export
 from ppdensecl.visual.pca import Colours
 from test_export_finetune import written
-from test_export_model import config
+from test_export_model import config, needs_onnx
 
 sys.path.append(str(ROOT / "deploy"))
 import extraction  # noqa: E402
@@ -32,20 +32,7 @@ PADDLE, ONNX = "inference_python", "onnx"
 
 @pytest.fixture(scope="module")
 def onnx():
-    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-    try:
-        import paddle2onnx  # noqa: F401
-    except (ImportError, ValueError) as error:
-        pytest.skip(f"no paddle2onnx for this paddlepaddle: {error}")
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-    """(checkpoint, export without ONNX)"""
-    folder = tmp_path_factory.mktemp("plain")
-    _, path = written(folder, 18)
-    export.export(str(path), config(), folder / "out")
-    return path, folder / "out"
+    needs_onnx()
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +81,8 @@ def compare(file, checkpoint, names, tolerance=1e-5):
     return found["paths"].tolist()
 
 
-def test_paddle_inference_gives_the_models_numbers_as_paddles_suites_call_it(plain, photos, tmp_path):
-    checkpoint, model = plain
+def test_paddle_inference_gives_the_models_numbers_as_paddles_suites_call_it(exported_r18, photos, tmp_path):
+    checkpoint, model = exported_r18
     log, output = tmp_path / "log/infer.log", tmp_path / "out/f.npz"
     result = infer(PADDLE, "--device=cpu", "--mkldnn=False", "--cpu-threads=1", "--batch-size=3", "--tensorrt=False",
                    "--precision=fp32", f"--model-dir={model}", f"--image-dir={photos}", f"--save-log-path={log}",
@@ -111,7 +98,7 @@ def test_paddle_inference_gives_the_models_numbers_as_paddles_suites_call_it(pla
     assert len(drawn) == len(paths) and Image.open(drawn[0]).size == (128, 64)
 
 
-@pytest.mark.parametrize("kind, model", [(PADDLE, "plain"), (ONNX, "both")])
+@pytest.mark.parametrize("kind, model", [(PADDLE, "exported_r18"), (ONNX, "both")])
 def test_real_photos_give_the_models_numbers(kind, model, data_folder, tmp_path, request):
     checkpoint, model = request.getfixturevalue(model)
     real = sorted((data_folder / "photos" / "images").iterdir())[:400:40]
@@ -122,8 +109,8 @@ def test_real_photos_give_the_models_numbers(kind, model, data_folder, tmp_path,
     assert compare(tmp_path / "f.npz", checkpoint, ["stage4", "pooled"]) == list(map(str, real))
 
 
-def test_onednn_gives_the_models_numbers(plain, photos, tmp_path):
-    checkpoint, model = plain
+def test_onednn_gives_the_models_numbers(exported_r18, photos, tmp_path):
+    checkpoint, model = exported_r18
     result = infer(PADDLE, "--mkldnn", "--model-dir", model, "--image-dir", photos, "--output", tmp_path / "f.npz",
                    "--outputs", "pooled")
     assert result.returncode == 0 and "oneDNN" in result.stdout, result.stderr
@@ -147,8 +134,8 @@ def test_onnx_gives_the_models_numbers_with_nothing_of_the_training_installed(bo
     assert "paddle is blocked" in result.stderr  # or the first half has shown nothing
 
 
-def test_damaged_pictures_are_named_and_skipped(plain, tmp_path):
-    checkpoint, model = plain
+def test_damaged_pictures_are_named_and_skipped(exported_r18, tmp_path):
+    checkpoint, model = exported_r18
     folder = tmp_path / "pictures"
     good = [str(picture(folder / f"{name}.png", number)) for number, name in enumerate("bdf")]
     (folder / "a.jpg").write_bytes(b"")
@@ -169,8 +156,8 @@ def test_damaged_pictures_are_named_and_skipped(plain, tmp_path):
     assert output.read_bytes() == before and {path.name for path in tmp_path.iterdir()} == {"pictures", "f.npz"}
 
 
-def test_one_picture_and_a_list(plain, tmp_path):
-    checkpoint, model = plain
+def test_one_picture_and_a_list(exported_r18, tmp_path):
+    checkpoint, model = exported_r18
     one, two = picture(tmp_path / "one.png", 1), picture(tmp_path / "p/two.jpg", 2)
     (tmp_path / "list.txt").write_text("p/two.jpg\n# a remark\none.png\n")
     for where, expected in (one, [one]), (tmp_path / "list.txt", [two, one]):
@@ -192,24 +179,25 @@ def test_one_picture_and_a_list(plain, tmp_path):
     (["--mkldnn=maybe"], 2, "expected True or False"),
     (["--batch-size=0"], 2, "expected a whole number from 1"),
 ])
-def test_bad_requests_are_refused_in_one_sentence(plain, photos, tmp_path, arguments, status, words):
+def test_bad_requests_are_refused_in_one_sentence(exported_r18, photos, tmp_path, arguments, status, words):
     arguments = [argument.format(tmp_path) for argument in arguments]
-    result = infer(PADDLE, "--model-dir", plain[1], "--image-dir", photos, "--output", tmp_path / "f.npz", *arguments)
+    result = infer(PADDLE, "--model-dir", exported_r18[1], "--image-dir", photos, "--output", tmp_path / "f.npz", *arguments)
     assert result.returncode == status and words in result.stderr and "Traceback" not in result.stderr, result.stderr
     assert not list(tmp_path.iterdir())
 
 
-def test_another_checkpoint_is_told_apart(plain, photos, tmp_path):
+def test_another_checkpoint_is_told_apart(exported_r18, photos, tmp_path):
     _, other = written(tmp_path, 34)
-    result = infer(PADDLE, "--model-dir", plain[1], "--image-dir", photos, "--output", tmp_path / "f.npz", "--check-with", other)
+    result = infer(PADDLE, "--model-dir", exported_r18[1], "--image-dir", photos, "--output", tmp_path / "f.npz", "--check-with",
+                   other)
     assert result.returncode == 1 and "the training-side model's outputs differ by" in result.stderr, result.stderr
     assert not (tmp_path / "f.npz").exists()
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_leaves_no_unfinished_file(plain, photos, tmp_path, number, status):
+def test_a_signal_leaves_no_unfinished_file(exported_r18, photos, tmp_path, number, status):
     (tmp_path / "list.txt").write_text("\n".join([str(photos / "a.jpg")] * 100000))
-    process = subprocess.Popen([sys.executable, f"deploy/{PADDLE}/infer.py", "--model-dir", str(plain[1]), "--image-dir",
+    process = subprocess.Popen([sys.executable, f"deploy/{PADDLE}/infer.py", "--model-dir", str(exported_r18[1]), "--image-dir",
                                 str(tmp_path / "list.txt"), "--output", str(tmp_path / "out/f.npz")], cwd=ROOT,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
@@ -246,8 +234,8 @@ def test_memory_does_not_grow_with_the_number_of_pictures(kind, both, tmp_path):
 
 
 @pytest.mark.parametrize("names", [["stage4/../../x", "pooled"], ["stage5", "pooled"], ["stage4", "pooled", "stage4"]])
-def test_an_export_with_other_outputs_is_refused(plain, tmp_path, names):
-    found = yaml.safe_load((plain[1] / exported.DESCRIPTION).read_text())
+def test_an_export_with_other_outputs_is_refused(exported_r18, tmp_path, names):
+    found = yaml.safe_load((exported_r18[1] / exported.DESCRIPTION).read_text())
     (tmp_path / exported.DESCRIPTION).write_text(yaml.safe_dump(found))
     assert exported.read(tmp_path).outputs == ("stage4", "pooled")
     found["outputs"] = [{**found["outputs"][0], "name": name} for name in names]
@@ -335,7 +323,7 @@ def test_the_same_things_have_the_same_colours_and_others_have_others():
     assert colours.picture(maps[0].astype(np.float32), (48, 96)).shape == (48, 96, 3)
 
 
-def test_reading_ahead_is_bounded_and_in_order(plain):
+def test_reading_ahead_is_bounded_and_in_order(exported_r18):
     from ppdensecl.inference import pictures
 
     decoded = []
@@ -349,7 +337,7 @@ def test_reading_ahead_is_bounded_and_in_order(plain):
             time.sleep(0.002 * (index % 3))
             return np.full((70, 70, 3), index, np.uint8)
 
-    model = exported.read(plain[1])
+    model = exported.read(exported_r18[1])
     batches = pictures.views(Source(), model, 4, 3, None)
     indices, views = next(batches)
     time.sleep(0.1)

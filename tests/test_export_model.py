@@ -30,19 +30,10 @@ def refused(words, function, *arguments, **options):
     assert "\n" not in text and len(text) < 700 and all(word in text for word in words), text
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """(checkpoint, folder of its export) of a ResNet-18; not to be changed."""
-    folder = tmp_path_factory.mktemp("made")
-    _, path = written(folder, 18)
-    export.export(str(path), config(), folder / "out")
-    return path, folder / "out"
-
-
 @pytest.fixture
-def mine(made, tmp_path):
+def mine(exported_r18, tmp_path):
     """The same, to be changed."""
-    return made[0], shutil.copytree(made[1], tmp_path / "out")
+    return exported_r18[0], shutil.copytree(exported_r18[1], tmp_path / "out")
 
 
 def needs_onnx():
@@ -85,9 +76,9 @@ def test_the_description_tells_all_that_is_needed(tmp_path):
     assert found["checked"]["largest_difference"]["Paddle Inference"] <= 1e-5
 
 
-def test_the_graph_ends_at_the_last_stage_that_is_asked_for(made, tmp_path):
-    export.export(str(made[0]), config(), tmp_path / "out", [2])
-    assert (tmp_path / "out/inference.pdiparams").stat().st_size < (made[1] / "inference.pdiparams").stat().st_size / 10
+def test_the_graph_ends_at_the_last_stage_that_is_asked_for(exported_r18, tmp_path):
+    export.export(str(exported_r18[0]), config(), tmp_path / "out", [2])
+    assert (tmp_path / "out/inference.pdiparams").stat().st_size < (exported_r18[1] / "inference.pdiparams").stat().st_size / 10
 
 
 def test_onnx_has_names_and_open_sizes_and_the_models_numbers(tmp_path):
@@ -175,9 +166,9 @@ def test_changed_files_and_descriptions_are_refused(mine):
     refused(["/none/inference.yml: cannot be read"], exported.read, "/none")
 
 
-def test_views_and_numbers_are_those_of_the_probes(made):
+def test_views_and_numbers_are_those_of_the_probes(exported_r18):
     """So that what a probe measured holds for what is deployed."""
-    model, generator = exported.read(made[1]), np.random.default_rng(0)
+    model, generator = exported.read(exported_r18[1]), np.random.default_rng(0)
     assert model.view == "centre" and model.size == (64, 64)
     for view, probes in ("centre", features.centre), ("whole", features.whole):
         for shape in (50, 70), (200, 131), (64, 64), (300, 20):
@@ -206,8 +197,8 @@ def test_the_tool_exports_a_run_as_paddles_suites_call_it(tmp_path, run_tool):
         assert result.returncode == 1 and words in result.stderr and "Traceback" not in result.stderr, result.stderr
 
 
-def test_engines_refuse_what_this_machine_cannot(made):
-    model = exported.read(made[1])
+def test_engines_refuse_what_this_machine_cannot(exported_r18):
+    model = exported.read(exported_r18[1])
     for options, words in [({"precision": "fp16"}, "--precision fp16 is for GPUs"),
                            ({"tensorrt": True}, "--tensorrt is for GPUs"),
                            ({"device": "gpu", "mkldnn": True}, "--mkldnn is for the CPU")]:

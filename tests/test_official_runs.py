@@ -13,7 +13,8 @@ pytest.importorskip("ppdet", reason="PaddleDetection is not installed")
 from conftest import ROOT  # noqa: E402
 from ppdensecl.engine import checkpoint  # noqa: E402
 from test_finetune_det import FEW, backbone_file, written  # noqa: E402,F401 (a fixture)
-from test_official_data import coco, voc  # noqa: E402,F401 (fixtures)
+from test_official_data import coco  # noqa: E402,F401 (a fixture)
+from test_official_voc import voc  # noqa: E402,F401 (a fixture)
 
 CONFIGS = sorted(path for path in (ROOT / "configs/det").glob("*.yml") if not path.stem.endswith("_cpu") and "bccd" not in path.stem)
 SMALL = "[Decode: {}, Resize: {interp: 1, target_size: [96, 160], keep_ratio: true}, " \

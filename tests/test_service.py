@@ -22,10 +22,7 @@ from PIL import Image
 from conftest import ROOT
 from ppdensecl.data.picture import decode
 from ppdensecl.evaluation import features
-from ppdensecl.interop import export
 from test_deploy import picture
-from test_export_finetune import written
-from test_export_model import config
 
 pytest.importorskip("fastapi", reason="fastapi is not installed")
 pytest.importorskip("uvicorn", reason="uvicorn is not installed")
@@ -86,17 +83,8 @@ class Service:
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """(checkpoint, export)"""
-    folder = tmp_path_factory.mktemp("exported")
-    _, path = written(folder, 18)
-    export.export(str(path), config(), folder / "out")
-    return path, folder / "out"
-
-
-@pytest.fixture(scope="module")
-def service(exported):
-    service = Service(exported[1], "--queue", 24, "--timeout", 20, "--max-megabytes", 2, "--max-megapixels", 30)
+def service(exported_r18):
+    service = Service(exported_r18[1], "--queue", 24, "--timeout", 20, "--max-megabytes", 2, "--max-megapixels", 30)
     yield service
     status, errors = service.end()
     assert status == 0 and errors == "", errors
@@ -109,9 +97,9 @@ def jpegs(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def right(exported, jpegs):
+def right(exported_r18, jpegs):
     """The pooled features of `jpegs` by the training-side model."""
-    return pooled(exported[0], jpegs)
+    return pooled(exported_r18[0], jpegs)
 
 
 def pooled(checkpoint, jpegs):
@@ -143,9 +131,9 @@ def test_answers_are_the_models(service, jpegs, right):
     assert status == 200 and json.loads(body)["status"] == "ready"
 
 
-def test_answers_for_real_photos_are_the_models(service, exported, data_folder):
+def test_answers_for_real_photos_are_the_models(service, exported_r18, data_folder):
     photos = [path.read_bytes() for path in sorted((data_folder / "photos" / "images").iterdir())[:1200:100]]
-    right = pooled(exported[0], photos)
+    right = pooled(exported_r18[0], photos)
     for data, expected in zip(photos, right):
         status, _, body = service.ask("POST", "/features", data)
         assert status == 200
@@ -237,8 +225,8 @@ def answer_on(connection):
     return answer.status, json.loads(answer.read())
 
 
-def test_more_than_the_queue_gets_503_slow_bodies_408_and_the_end_waits_for_who_is_in(exported, jpegs):
-    service = Service(exported[1], "--queue", 3, "--timeout", 3, "--batch-size", 2)
+def test_more_than_the_queue_gets_503_slow_bodies_408_and_the_end_waits_for_who_is_in(exported_r18, jpegs):
+    service = Service(exported_r18[1], "--queue", 3, "--timeout", 3, "--batch-size", 2)
     data = jpegs[0]
     try:
         waiting = [service.slow(len(data)) for _ in range(3)]
@@ -270,8 +258,8 @@ def test_more_than_the_queue_gets_503_slow_bodies_408_and_the_end_waits_for_who_
         service.process.kill()
 
 
-def test_connections_that_ask_for_nothing_are_closed(exported, jpegs):
-    service = Service(exported[1], "--queue", 1, "--timeout", 1)  # so that eight connections are the most
+def test_connections_that_ask_for_nothing_are_closed(exported_r18, jpegs):
+    service = Service(exported_r18[1], "--queue", 1, "--timeout", 1)  # so that eight connections are the most
     head = b"GET /health HTTP/1.1\r\nHost: x\r\n"
     try:
         idle = [socket.create_connection(("127.0.0.1", service.port), timeout=10) for _ in range(12)]
@@ -321,11 +309,11 @@ def test_what_takes_too_long_gets_504_and_makes_room():
     assert asyncio.run(main()) == [[504, 504, 503]] * 2
 
 
-def test_a_service_that_cannot_start_says_why(exported, tmp_path):
+def test_a_service_that_cannot_start_says_why(exported_r18, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         for options, words in [(["--port", taken.getsockname()[1]], "cannot be listened on"),
                                (["--model-dir", tmp_path], "inference.yml: cannot"),
                                (["--engine", "onnx", "--mkldnn"], "--mkldnn is for --engine paddle")]:
             with pytest.raises(RuntimeError) as caught:
-                Service(exported[1], *options)
+                Service(exported_r18[1], *options)
             assert words in str(caught.value) and "Traceback" not in str(caught.value), caught.value

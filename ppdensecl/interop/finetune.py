@@ -72,7 +72,7 @@ def export(source, out, project):
 
 def _paddleseg(found, ours, path):
     try:
-        from ppdensecl.interop import paddleseg as plugin
+        from ppdensecl.interop import paddleseg_components as plugin
     except ImportError as error:
         raise _missing("PaddleSeg", error) from error
     plan = names("paddleseg", found.depth, found.arrays)
