@@ -82,6 +82,8 @@ class OptimConfig(Section):
 
 class LogConfig(Section):
     interval: int = Field(50, ge=1)  # iterations
+    correspondence_interval: Optional[int] = Field(None, ge=1)  # iterations between looks at the matches; null: never
+    correspondence_pictures: int = Field(64, ge=1)  # of the data, in each of these looks
     visualdl: bool = True
 
 

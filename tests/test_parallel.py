@@ -1,6 +1,7 @@
 """Two real processes: what they exchange, what they compute together, and that they do not start where they disagree."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -44,6 +45,22 @@ def test_a_shuffle_moves_rows_between_processes_and_brings_every_one_back(ranks)
                 expected = (numbers if part < 2 else numbers[number * BATCH:(number + 1) * BATCH]) * (part % 2 + 1)
                 assert (rows.reshape(len(rows), -1) == expected[:, None]).all()
     assert moved > 5  # about half of 40
+
+
+def test_the_processes_share_the_pictures_whose_correspondence_is_watched(tmp_path):
+    """Each looks at its part, and the share is that of all."""
+    from ppdensecl.config import load_config
+    from ppdensecl.engine.trainer import build_source
+    from ppdensecl.evaluation import correspondence, features
+
+    result = _launch(tmp_path, "tools/train.py", *TINY, "log.correspondence_interval=2", "log.correspondence_pictures=5",
+                     "optim.max_iters=2", f"output_dir={tmp_path / 'run'}")
+    assert result.returncode == 0, result.stdout + result.stderr
+    line = re.search(r"correspondence at iteration 2/2: ([\d.]+), chance ([\d.]+)", (tmp_path / "run/train.log").read_text())
+    config = load_config(tmp_path / "run/config.yaml")
+    found = correspondence.matched_share(features.load_backbone(tmp_path / "run/latest"), build_source(config),
+                                         correspondence.larger_views(config.data.size), config.seed + 1, 5)
+    assert tuple(f"{share:.4f}" for share in found) == line.groups()
 
 
 def test_all_processes_have_the_same_parameters_and_queues_after_20_steps(ranks):

@@ -144,7 +144,7 @@ class _Positions:
 
 
 def test_correspondence_is_right_for_true_matches_and_at_chance_for_constant_ones():
-    source = SyntheticSource(3)
+    source = SyntheticSource(40)
     rows, columns = np.meshgrid(np.linspace(0, 255, 300), np.linspace(0, 255, 400), indexing="ij")
     picture = np.stack([rows, columns, 255 - (rows + columns) / 2], -1).astype(np.uint8)  # every place has its own colour
     source.picture = lambda index: picture
@@ -153,6 +153,8 @@ def test_correspondence_is_right_for_true_matches_and_at_chance_for_constant_one
     assert share > 0.9 and chance < 0.25
     constant, _ = correspondence.matched_share(lambda x: 0 * _Positions()(x) + 1, source, geometry, 0, 3)
     assert constant < 0.5
+    shuffled, chance = correspondence.matched_share(_Positions(), source, geometry, 0, 40, shuffle=True)
+    assert abs(shuffled - chance) < 0.03
 
 
 def test_a_backbone_loads_from_a_checkpoint_and_from_an_extracted_one(run_folder, run_tool, tmp_path):

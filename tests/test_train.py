@@ -175,6 +175,26 @@ def test_visualdl_gets_scalars_and_view_pairs(run_tool, tmp_path):
     assert tags["image"]
 
 
+def test_the_correspondence_is_watched_and_changes_nothing(undisturbed, run_tool, tmp_path):
+    watched = ["log.correspondence_interval=5", "log.correspondence_pictures=6", "log.visualdl=true", "log.interval=3", "optim.recompute=2"]
+    result = _train(run_tool, tmp_path, overrides=watched)
+    assert result.returncode == 0, result.stderr
+    _same(tmp_path / "latest", undisturbed[0] / "latest")
+    lines = re.findall(r"correspondence at iteration (\d+)/10: ([\d.]+), chance ([\d.]+)", (tmp_path / "train.log").read_text())
+    assert [line[0] for line in lines] == ["0", "5", "10"]
+
+    from visualdl import LogReader
+
+    (log,) = (tmp_path / "vdl").iterdir()
+    curve = LogReader(file_path=str(log)).get_data("scalar", "eval/correspondence")
+    assert [(point.id, f"{point.value:.4f}") for point in curve] == [(int(line[0]), line[1]) for line in lines]
+    scored = run_tool("eval.py", "-c", tmp_path / "config.yaml", "--checkpoint", tmp_path / "latest", "--task", "correspondence",
+                      "--count", 6, "--no-random", "--out", tmp_path / "c.json")
+    assert scored.returncode == 0, scored.stderr
+    found = json.loads((tmp_path / "c.json").read_text())
+    assert (f"{found['trained']:.4f}", f"{found['chance']:.4f}") == lines[2][1:]
+
+
 def test_print_config_shows_the_merged_result_and_trains_nothing(run_tool, tmp_path):
     result = run_tool("train.py", "-c", "configs/moco_v2_r50_coco_800ep.yaml", "-o", "optim.lr=0.1", "--override", "seed=5",
                       "--print-config")

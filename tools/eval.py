@@ -39,7 +39,7 @@ def read_arguments():
     data.add_argument("--test-list", metavar="FILE")
     data.add_argument("--root", metavar="DIR", help="what listed paths are relative to (default: the list's folder)")
     data.add_argument("--voc07", metavar="DIR", help="svm: VOCdevkit/VOC2007")
-    data.add_argument("--shuffle-labels", action="store_true", default=None, help="the control: the scores must be chance")
+    data.add_argument("--shuffle-labels", action="store_true", default=None, help="the control (also of places and of pairs of views): the scores must be chance")
     probe = parser.add_argument_group("features and probes")
     probe.add_argument("--size", type=int, nargs="+", help="pixels, one or height and width (default data.image_size)")
     probe.add_argument("--stage", type=int, help="of the backbone, from 1 (default: the last)")

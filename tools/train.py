@@ -1,6 +1,7 @@
 """Pre-trains DenseCL (or MoCo-v2): python tools/train.py -c configs/densecl_r18_photos.yaml -o data.root=/my/pictures"""
 
 import os
+import shlex
 import signal
 import sys
 from importlib import metadata
@@ -63,13 +64,16 @@ def main():
         print(config.to_yaml(), end="")
         return
     share(config, arguments.processes)
+    from ppdensecl.engine.logging import LOGGER
     from ppdensecl.engine.stopping import peers_watched
     from ppdensecl.engine.trainer import Trainer
 
     # Paddle's own handler prints a C++ traceback; `fit` has one that writes a checkpoint.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     with peers_watched():
-        stopped_by = Trainer(config, arguments.resume, arguments.overwrite).fit()
+        trainer = Trainer(config, arguments.resume, arguments.overwrite)
+        LOGGER.info(f"command: {shlex.join(sys.argv)}")
+        stopped_by = trainer.fit()
     if stopped_by:
         # The launcher sends SIGTERM to the other ranks when it sees the first one end: all are to end with the same status.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -50,9 +50,10 @@ def open_source(kind, *, root=None, list_file=None, annotation=None, synthetic_c
     raise UserError(f"data.source: {kind!r} is none of folder, list, coco, lmdb, archive, synthetic")
 
 
-def spread(source, count):
-    """About `count` pictures spread evenly over a source: yields (index, picture), the next decodable one for a broken one."""
-    for index in np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).astype(int)).tolist():
+def spread(source, count, rank=0, world_size=1):
+    """About `count` pictures spread evenly over a source, or one rank's share of them: yields (index, picture), the next
+    decodable one for a broken one."""
+    for index in np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).astype(int)).tolist()[rank::world_size]:
         for at in range(index, index + len(source)):
             try:
                 yield at % len(source), source.picture(at % len(source))

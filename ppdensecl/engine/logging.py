@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import time
@@ -81,6 +82,13 @@ class Meter:
         batch = next(batches)
         self.reader += time.perf_counter() - asked
         return batch
+
+    @contextlib.contextmanager
+    def aside(self):
+        """What is done within is no part of an iteration's time."""
+        started = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - started
 
     def done(self):
         """Call at the end of an iteration."""

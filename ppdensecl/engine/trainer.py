@@ -23,6 +23,7 @@ from ppdensecl.engine.logging import LOGGER, LossSums, Meter, Scalars, format_li
 from ppdensecl.engine.optimisation import build_optimizer, learning_rate
 from ppdensecl.engine.stopping import StopRequest
 from ppdensecl.errors import UserError
+from ppdensecl.evaluation import correspondence
 from ppdensecl.models import DenseCL
 from ppdensecl.visual.views import pair_sheet
 
@@ -214,6 +215,8 @@ class Trainer:
         meter, losses, first = Meter(), LossSums(), self.iteration
         self.wrapped.train()
         try:
+            if first == 0 and self.iterations >= (config.log.correspondence_interval or 0):  # or there is no curve to begin
+                self._watch_correspondence(scalars, meter)
             while self.iteration < self.iterations:
                 step = self.iteration
                 watch = (step + 1) % config.log.interval == 0 or step + 1 == self.iterations or step == first
@@ -236,6 +239,7 @@ class Trainer:
                 if watch:
                     self._log(scalars, losses, outputs[-1], lr, meter)
                     losses = LossSums()
+                self._watch_correspondence(scalars, meter)
                 saved = self._save_if_due(losses)
                 asked = request.agreed() if self.iteration < self.iterations else 0
                 if asked:
@@ -293,6 +297,21 @@ class Trainer:
         scalars.add({**{f"train/{name}": value for name, value in values.items()}, "train/lr": lr,
                      "time/reader": times["avg_reader_cost"], "time/batch": times["avg_batch_cost"],
                      "time/ips": times["avg_ips"]}, self.iteration)
+
+    def _watch_correspondence(self, scalars, meter):
+        """If it is due: do the query backbone's matches find the right place? Nothing that trains is changed by the look."""
+        log = self.config.log
+        if not log.correspondence_interval or self.iteration % log.correspondence_interval:
+            return
+        backbone = self.model.encoder_q.backbone
+        backbone.eval()
+        with meter.aside():
+            share, chance = correspondence.matched_share(
+                backbone, self.loader.source, correspondence.larger_views(self.config.data.size), self.config.seed + 1,
+                log.correspondence_pictures)
+        backbone.train()
+        LOGGER.info(f"correspondence at iteration {self.iteration}/{self.iterations}: {share:.4f}, chance {chance:.4f}")
+        scalars.add({"eval/correspondence": share, "eval/correspondence_chance": chance}, self.iteration)
 
     def _save_if_due(self, losses):
         """Whether it was."""

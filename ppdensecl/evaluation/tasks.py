@@ -29,7 +29,7 @@ OPTIONS = {
     "size": dict.fromkeys((*LABELS, "dense")),
     "stage": dict.fromkeys(("knn", "linear", "svm", "dense")),
     "cache": dict.fromkeys(("knn", "linear", "svm", "dense"), "output/features"),
-    "shuffle_labels": dict.fromkeys((*LABELS, "dense"), False),
+    "shuffle_labels": dict.fromkeys((*LABELS, "dense", "retrieval", "correspondence"), False),
     "neighbours": {"knn": [10, 20, 100, 200]}, "temperature": {"knn": 0.07},
     "lr": {"linear": [30.0], "semi": [0.01], "dense": [0.1]},
     "epochs": {"linear": 100, "semi": 20, "dense": 20},
@@ -114,17 +114,17 @@ def retrieval(options, config):
     def score(backbone):
         views = [two_views(picture, augmentation, config.seed + 1, 0, index) for index, picture in spread(source, options.count)]
         found = [features.pooled(backbone, [pair[view] for pair in views], config.data.size) for view in (0, 1)]
-        return {"accuracy": knn.retrieval(*found), "chance": 1 / len(views)}
+        return {"accuracy": knn.retrieval(found[0], _maybe_shuffled(found[1], 0, options, config)), "chance": 1 / len(views)}
     return _alone, score
 
 
 def matching(options, config):
-    """Share of query cells matched to within one cell of the truth, on views of twice the training size: the map of a small
-    view has too few cells to be wrong by more than one."""
-    source, augmentation = build_source(config), Augmentation(size=tuple(2 * side for side in config.data.size))
+    """Share of query cells matched to within one cell of the truth."""
+    source, augmentation = build_source(config), correspondence.larger_views(config.data.size)
 
     def score(backbone):
-        share, chance = correspondence.matched_share(backbone, source, augmentation, config.seed + 1, options.count)
+        share, chance = correspondence.matched_share(backbone, source, augmentation, config.seed + 1, options.count,
+                                                     options.shuffle_labels)
         return {"accuracy": share, "chance": chance}
     return _alone, score
 
