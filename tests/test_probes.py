@@ -16,8 +16,11 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import paddle
+import paddle.nn.functional as F
 import pytest
 
+from ppdensecl.config import load_config
 from ppdensecl.data.synthetic import CLASSES, SyntheticSource
 from ppdensecl.engine import checkpoint
 from ppdensecl.errors import UserError
@@ -143,10 +146,35 @@ def test_dense_beats_one_class_everywhere_and_shuffled_pixels_do_not(world, run_
                "--stage", "2", "--epochs", "15", "--batch-size", "4", "--lr", "0.3"]
     _, found = run_eval("dense", *options)
     assert found["trained"] > 1.15 * found["chance"] and found["details"]["trained"]["per_class"][0] > 0.5
+    _, both = run_eval("dense", *options, "--stage", "1", "2", "--no-random")
+    assert both["trained"] > found["trained"]  # the finer map shows where an object ends
     _, control = run_eval("dense", *options, "--shuffle-labels")
     for scores in control["details"].values():  # 200,000 pixels: their shares are within a few tenths of a percent
         assert abs(scores["accuracy"] - scores["by_chance"]) < 3e-3, control
     assert found["trained"] > found["details"]["trained"]["by_chance"] + 0.01
+
+
+def test_the_maps_of_several_stages_score_as_their_stack_does():
+    rng = np.random.default_rng(0)
+    maps = [rng.normal(3, 2, (2, width, *size)).astype(np.float32) for width, size in ((5, (8, 10)), (7, (4, 5)))]
+    moments = [dense.statistics(stage) for stage in maps]
+    layers = [paddle.nn.Conv2D(stage.shape[1], 3, 1) for stage in maps]
+    found = dense._scores(layers, maps, moments, slice(None), (16, 20)).numpy()
+    stack = paddle.concat([F.interpolate(paddle.to_tensor((stage - mean[:, None, None]) / deviation[:, None, None]), (16, 20),
+                                         mode="bilinear", align_corners=False)
+                           for stage, (mean, deviation) in zip(maps, moments)], axis=1)
+    weight = paddle.concat([layer.weight for layer in layers], axis=1)
+    assert np.abs(found - F.conv2d(stack, weight, layers[0].bias + layers[1].bias).numpy()).max() < 1e-5
+
+
+def test_pairs_of_views_that_are_shuffled_are_found_by_chance(world):
+    config = load_config(*CONFIG[1:2], ["data.source=synthetic", "data.synthetic_count=200", "data.image_size=32"])
+    backbone = features.load_backbone(world / "backbone.pdparams")
+    shares = []
+    for shuffle in (None, True):
+        look, score = tasks.retrieval(tasks.resolve("retrieval", {"count": 200, "shuffle_labels": shuffle}), config)
+        shares.append(score(look(backbone))["accuracy"])
+    assert shares[0] > 0.1 and shares[1] <= 0.03, shares  # chance is 1 in 200
 
 
 def test_camvid(data_folder, run_eval, tmp_path):
@@ -312,8 +340,9 @@ def test_bad_input_is_one_sentence(world, run_eval, task, arguments, words):
 @pytest.mark.parametrize("task, given, words", [
     ("linear", {"lr": [30.0, 0.0]}, "--lr 0: expected a number above 0"), ("dense", {"lr": [1.0, 2.0]}, "takes one"),
     ("semi", {"fraction": [1.5]}, "--fraction 1.5"), ("knn", {"size": [31]}, "--size 31: expected a number from 32 to 4096"),
-    ("knn", {"size": [64, 64, 64]}, "--size takes one number"), ("dense", {"stage": 5}, "--stage 5"),
-    ("retrieval", {"shuffle_labels": True}, "--shuffle-labels is not used by --task retrieval"),
+    ("knn", {"size": [64, 64, 64]}, "--size takes one number"), ("dense", {"stage": [2, 5]}, "--stage 5"),
+    ("knn", {"stage": [1, 2]}, "--stage: several are for --task dense"),
+    ("retrieval", {"stage": [1]}, "--stage is not used by --task retrieval"),
     ("linear", {"lr": [float("nan")]}, "--lr nan")])
 def test_options_out_of_bounds_are_refused(task, given, words):
     with pytest.raises(UserError) as error:

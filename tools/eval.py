@@ -42,7 +42,7 @@ def read_arguments():
     data.add_argument("--shuffle-labels", action="store_true", default=None, help="the control (also of places and of pairs of views): the scores must be chance")
     probe = parser.add_argument_group("features and probes")
     probe.add_argument("--size", type=int, nargs="+", help="pixels, one or height and width (default data.image_size)")
-    probe.add_argument("--stage", type=int, help="of the backbone, from 1 (default: the last)")
+    probe.add_argument("--stage", type=int, nargs="+", help="of the backbone, from 1 (default: the last); dense: one or several")
     probe.add_argument("--cache", metavar="DIR", help="where features are kept (default output/features)")
     probe.add_argument("--neighbours", type=int, nargs="+", help="knn (default 10 20 100 200; 20 is the score)")
     probe.add_argument("--temperature", type=float, help="knn (default 0.07)")

@@ -1,6 +1,7 @@
 """A linear segmentation probe: one 1×1 convolution on a frozen feature map, bilinearly enlarged.
 
-The features are brought to mean 0 and deviation 1 by channel first (over the training maps): still linear, and the same rate
+Of several stages each map has its convolution, and their enlarged results are added: the same as one convolution on all maps,
+enlarged and laid upon each other, without that stack in memory. The features are brought to mean 0 and deviation 1 by channel first (over the training maps): still linear, and the same rate
 fits all stages and backbones. SGD with momentum 0.9, cross entropy at the size of the view, the rate falling by (1 − t)^0.9.
 The test is at the full size of the labels.
 """
@@ -82,37 +83,40 @@ def statistics(maps, block=16):
     return mean.astype(np.float32), np.sqrt(np.maximum(square / count - mean**2, 1e-12)).astype(np.float32)
 
 
-def _scores(layer, maps, moments, size):
-    """float32 [b, C, h, w] → logits [b, classes, *size]."""
-    mean, deviation = (moment[:, None, None] for moment in moments)
-    return F.interpolate(layer(paddle.to_tensor((maps - mean) / deviation)), size, mode="bilinear", align_corners=False)
+def _scores(layers, maps, moments, chosen, size):
+    """Of each stage its layer, maps float32 [n, C, h, w] and (mean, deviation): the chosen rows → logits [b, classes, *size]."""
+    return sum(F.interpolate(layer(paddle.to_tensor((stage[chosen] - mean[:, None, None]) / deviation[:, None, None])), size,
+                             mode="bilinear", align_corners=False)
+               for layer, stage, (mean, deviation) in zip(layers, maps, moments))
 
 
 def probe(maps, labels, test, truth, classes, size, lr, epochs, batch_size, seed):
     """Trains and scores: {"accuracy": mIoU, "by_chance", "per_class", "pixel_accuracy"}. by_chance is the mIoU to be expected if
     the pixels that were found in a picture lay anywhere in it: what the control, whose labels do, must give.
 
-    maps float32 [n, C, h, w], test [m, C, h, w] (memory maps); labels, truth: `LabelMaps` of n and m; size (height, width).
+    maps: of each stage float32 [n, C, h, w], test: of each [m, C, h, w] (memory maps); labels, truth: `LabelMaps` of n and m;
+    size (height, width).
     """
-    moments = statistics(maps)
+    moments = [statistics(stage) for stage in maps]
     paddle.seed(seed)
-    layer = paddle.nn.Conv2D(maps.shape[1], classes, 1, weight_attr=paddle.nn.initializer.Normal(0, 0.01))
-    optimizer = paddle.optimizer.Momentum(lr, 0.9, layer.parameters())
-    steps, step = epochs * len(linear.order(seed, 0, len(maps), batch_size)), 0
+    layers = paddle.nn.LayerList(paddle.nn.Conv2D(stage.shape[1], classes, 1, weight_attr=paddle.nn.initializer.Normal(0, 0.01))
+                                 for stage in maps)
+    optimizer = paddle.optimizer.Momentum(lr, 0.9, layers.parameters())
+    steps, step = epochs * len(linear.order(seed, 0, len(labels), batch_size)), 0
     for epoch in range(epochs):
-        for chosen in linear.order(seed, epoch, len(maps), batch_size):
+        for chosen in linear.order(seed, epoch, len(labels), batch_size):
             optimizer.set_lr(lr * (1 - step / steps) ** 0.9)
             chosen, step = np.sort(chosen), step + 1
             y = np.stack([cv2.resize(labels[i], size[::-1], interpolation=cv2.INTER_NEAREST) for i in chosen.tolist()])
             known = int((y != IGNORED).sum())
-            losses = F.cross_entropy(_scores(layer, maps[chosen], moments, size), paddle.to_tensor(y.astype(np.int64)),
+            losses = F.cross_entropy(_scores(layers, maps, moments, chosen, size), paddle.to_tensor(y.astype(np.int64)),
                                      ignore_index=IGNORED, axis=1, reduction="sum")
             (losses / max(1, known)).backward()
             optimizer.step()
             optimizer.clear_grad()
     matrix = scattered = 0
-    for i in range(len(test)):
-        one = _confusion_of(layer, test, truth, i, moments, classes)
+    for i in range(len(truth)):
+        one = _confusion_of(layers, test, truth, i, moments, classes)
         matrix, scattered = matrix + one, scattered + np.outer(one.sum(1), one.sum(0)) / max(1, one.sum())
     mean, each = mean_iou(matrix)
     return {"accuracy": mean, "by_chance": mean_iou(scattered)[0],
@@ -121,10 +125,10 @@ def probe(maps, labels, test, truth, classes, size, lr, epochs, batch_size, seed
 
 
 @paddle.no_grad()
-def _confusion_of(layer, test, truth, i, moments, classes):
+def _confusion_of(layers, test, truth, i, moments, classes):
     labels = truth[i]
     _check(labels, classes, truth, i)
-    return confusion(labels, _scores(layer, test[i : i + 1], moments, labels.shape).argmax(1).numpy()[0], classes)
+    return confusion(labels, _scores(layers, test, moments, slice(i, i + 1), labels.shape).argmax(1).numpy()[0], classes)
 
 
 def _check(labels, classes, truth, i):

@@ -66,8 +66,11 @@ def resolve(task, given):
         raise UserError("--size takes one number, or the height and the width")
     found = {option: defaults[task] if given.get(option) is None else given[option]
              for option, defaults in OPTIONS.items() if task in defaults}
-    if task != "linear" and len(found.get("lr", [])) > 1:
-        raise UserError(f"--lr: several are for --task linear; --task {task} takes one")
+    for option, several in (("lr", "linear"), ("stage", "dense")):
+        if task != several and len(found.get(option) or []) > 1:
+            raise UserError(f"--{option}: several are for --task {several}; --task {task} takes one")
+    if task != "dense" and found.get("stage"):
+        (found["stage"],) = found["stage"]
     return SimpleNamespace(**found)
 
 
@@ -84,7 +87,7 @@ def knn_classes(options, config):
         by_k = {k: float((knn.vote(similarity, train.labels[index], k, options.temperature) == test.labels).mean()) for k in ks}
         return {"accuracy": by_k[20] if 20 in by_k else by_k[ks[0]], "chance": _largest(test.labels),
                 "shown": {f"k = {k}": share for k, share in by_k.items()}, "pictures_extracted": computed}
-    return _looker(train, test, options, config), score
+    return _looker(train, test, options, config, options.stage), score
 
 
 def _knn_objects(options, config):
@@ -153,7 +156,7 @@ def linear_probe(options, config):
                              queries, test.labels, len(classes), options.lr, options.epochs, config.seed)
         return {**found, "chance": _largest(test.labels), "shown": {"top 5": found["top5"]} if len(classes) > 5 else {},
                 "pictures_extracted": computed}
-    return _looker(None if options.augment and len(options.lr) == 1 else train, test, options, config), score
+    return _looker(None if options.augment and len(options.lr) == 1 else train, test, options, config, options.stage), score
 
 
 def svm_classes(options, config):
@@ -176,7 +179,7 @@ def svm_classes(options, config):
         shown = {"11-point": found["eleven_point"], **{f"k = {k}": low["mean"] for k, low in found["low_shot"].items()}}
         return {**found, "chance": float(((test.labels > 0).sum(0) / known.sum(0)).mean()), "shown": shown,
                 "pictures_extracted": computed}
-    return _looker(train, test, options, config), score
+    return _looker(train, test, options, config, options.stage), score
 
 
 def semi_supervised(options, config):
@@ -199,7 +202,7 @@ def semi_supervised(options, config):
 
 
 def dense_probe(options, config):
-    """Mean IoU of a linear segmentation of one stage's map."""
+    """Mean IoU of a linear segmentation of one stage's map, or of the maps of several."""
     train, test = (labelled.open_segmentation(option, path, options.root) for option, path in (
         ("--train-list", options.train_list), ("--test-list", options.test_list)))
     labels, truth = (dense.LabelMaps(pictures, config.seed + part if options.shuffle_labels else None)
@@ -207,13 +210,18 @@ def dense_probe(options, config):
     classes, pixels = dense.count_classes(labels, options.classes)
     chance, size = dense.chance(pixels, truth), _size(options, config)
 
+    def look(backbone):
+        each = [_looker(train, test, options, config, stage, "map", features.whole)(backbone) for stage in options.stage or [None]]
+        _, maps, queries, computed = zip(*each)
+        return maps, queries, sum(computed)
+
     def score(seen):
-        _, maps, queries, computed = seen
+        maps, queries, computed = seen
         found = dense.probe(maps, labels, queries, truth, classes, size, options.lr[0], options.epochs, options.batch_size,
                             config.seed)
         shown = {"pixels": found["pixel_accuracy"], "scattered": found["by_chance"]}
         return {**found, "chance": chance, "shown": shown, "pictures_extracted": computed}
-    return _looker(train, test, options, config, "map", features.whole), score
+    return look, score
 
 
 def _labelled(options, config):
@@ -239,13 +247,13 @@ def _alone(backbone):
     return backbone
 
 
-def _looker(train, test, options, config, pooling="mean", view=features.centre):
+def _looker(train, test, options, config, stage, pooling="mean", view=features.centre):
     """The `look` of a task on frozen features: backbone → (backbone, features of the training pictures or None, of the test
     pictures, how many pictures were computed and not kept)."""
     def look(backbone):
         size = _size(options, config)
         found = [(None, 0) if pictures is None else features.extract(
-            backbone, pictures, size, options.cache, options.stage, pooling, view) for pictures in (train, test)]
+            backbone, pictures, size, options.cache, stage, pooling, view) for pictures in (train, test)]
         return backbone, found[0][0], found[1][0], found[0][1] + found[1][1]
     return look
 
