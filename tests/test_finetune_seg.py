@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 import paddle
 import pytest
+from PIL import Image
 
 pytest.importorskip("paddleseg", reason="PaddleSeg is not installed")
 
@@ -19,6 +20,7 @@ from paddleseg.cvlibs import SegBuilder  # noqa: E402
 
 from ppdensecl.engine import checkpoint  # noqa: E402
 from ppdensecl.errors import UserError  # noqa: E402
+from ppdensecl.evaluation import dense  # noqa: E402
 from ppdensecl.interop import paddleseg as seg, paddleseg_components as components  # noqa: E402
 from ppdensecl.models import ResNet  # noqa: E402
 from test_export_finetune import refused, written  # noqa: E402
@@ -156,6 +158,11 @@ def test_train_resume_eval_export(small_config, tmp_path, run_tool):
     score = re.search(r"mIoU (0\.\d+), pixel accuracy", tool("eval", "--model_path", model_path, "--num_workers", 0)).group(1)
     assert f"mIoU: {score} " in first.rsplit("Start evaluating", 1)[1]
     tool("eval", "--model_path", model_path, "--num_workers", 0, "--aug_eval", "--scales", 0.75, 1.0, "--flip_horizontal")
+    pictures, masks = small_config.parent, tmp_path / "masks"
+    assert "6 masks" in tool("predict", "--model_path", model_path, "--image_path", pictures / "images/test", "--save_dir", masks)
+    matrix = sum(dense.confusion(np.array(Image.open(pictures / f"labels/test/{n}.png")), np.array(Image.open(masks / f"{n}.png")),
+                                 11) for n in range(6))
+    assert f"{dense.mean_iou(matrix)[0]:.4f}" == score
     tool("export", "--model_path", model_path, "--save_dir", tmp_path / "deploy")
     same_masks(small_config, model_path, tmp_path / "deploy")
 

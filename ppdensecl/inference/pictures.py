@@ -27,10 +27,10 @@ class _OneFile(Source):
             return file.read()
 
 
-def open_pictures(path):
+def open_pictures(path, option="--image-dir"):
     """A source of pictures: a folder (at any depth), a list (.txt, a path per line, relative to it), or one file.
 
-    Raises UserError.
+    Raises UserError, which names the user's `option`.
     """
     try:
         if os.path.isdir(path):
@@ -38,10 +38,9 @@ def open_pictures(path):
         if str(path).endswith(".txt"):
             return ListSource(path)
     except UserError as error:
-        raise UserError(re.sub(r"data\.(root|list_file):", "--image-dir:", str(error))) from None
+        raise UserError(re.sub(r"data\.(root|list_file):", f"{option}:", str(error))) from None
     if not os.path.isfile(path):
-        raise UserError(f"--image-dir: {path} does not exist; it should be a picture, a folder of pictures, or a .txt that lists "
-                        "some")
+        raise UserError(f"{option}: {path} does not exist; it should be a picture, a folder of pictures, or a .txt that lists some")
     return _OneFile(path)
 
 

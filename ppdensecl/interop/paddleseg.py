@@ -8,16 +8,20 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import paddle
 import paddleseg.core
 import yaml
 from paddleseg.cvlibs import Config, SegBuilder
 from paddleseg.deploy.export import WrappedModel
-from paddleseg.utils import utils
+from paddleseg.transforms import Compose
+from paddleseg.utils import utils, visualize
 
 from ppdensecl import parallel
+from ppdensecl.data.picture import UndecodableError
 from ppdensecl.engine import checkpoint
 from ppdensecl.errors import UserError
+from ppdensecl.inference.pictures import open_pictures
 from ppdensecl.interop import precise_bn
 from ppdensecl.interop.paddleseg_components import load  # which registers them
 
@@ -124,6 +128,30 @@ def evaluate(config, model_path, **options):
     pictures, model = _built(builder, "val_dataset"), whole_model(builder, model_path)
     names = ("mIoU", "Acc", "class_IoU", "class_precision", "Kappa")
     return dict(zip(names, paddleseg.core.evaluate(model, pictures, **{**config.test_config, **options})))
+
+
+def predict(config, model_path, pictures, save_dir, **options):
+    """Writes the class of each pixel of `pictures` (a picture, a folder, or a list in a .txt) as SAVE_DIR/NAME.png, with
+    PaddleSeg's colours as palette; a folder's names keep their place in it. Returns how many. options: as of `evaluate`."""
+    source = open_pictures(pictures, "--image_path")
+    root = os.path.dirname(pictures) if os.path.isfile(pictures) else pictures
+    builder = SegBuilder(config)
+    transforms, model = Compose(_built(builder, "val_transforms")), whole_model(builder, model_path)
+    colours = visualize.get_color_map_list(256)
+    sliding = {name: value for name, value in {**config.test_config, **options}.items()
+               if name in ("is_slide", "stride", "crop_size")}
+    for i in range(len(source)):
+        name = Path(os.path.relpath(source.name(i), root))
+        try:
+            seen = transforms({"img": source.picture(i)[:, :, ::-1].astype(np.float32)})  # which takes BGR
+        except UndecodableError as error:
+            raise UserError(str(error)) from None
+        with paddle.no_grad():
+            found, _ = paddleseg.core.infer.inference(model, paddle.to_tensor(seen["img"][None]), seen["trans_info"], **sliding)
+        path = Path(save_dir) / name.with_suffix(".png")
+        checkpoint.make_folder(path.parent)
+        visualize.get_pseudo_color_map(found.numpy()[0, 0], colours).save(path)
+    return len(source)
 
 
 def make_precise(config, model_path, save_dir, batches=precise_bn.BATCHES, num_workers=2):
