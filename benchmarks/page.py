@@ -1,6 +1,6 @@
-"""Puts the tables of docs/benchmarks/*.md into docs/performance.md: python benchmarks/page.py
+"""Puts the tables of docs/benchmarks/*.md into docs/performance.md and docs/results*.md: python benchmarks/page.py
 
-Each stands between <!-- NAME.md --> and <!-- end -->. With --check it only tells, by its status, whether the page is up to date.
+Each stands between <!-- NAME.md --> and <!-- end -->. With --check it only tells, by its status, whether the pages are up to date.
 """
 
 import re
@@ -8,7 +8,7 @@ import sys
 
 from measure import RESULTS
 
-PAGE = RESULTS.parent / "performance.md"
+PAGES = (RESULTS.parent / "performance.md", *sorted(RESULTS.parent.glob("results*.md")))
 
 
 def filled(text):
@@ -19,7 +19,8 @@ def filled(text):
 
 
 if __name__ == "__main__":
-    text = PAGE.read_text()
+    texts = {page: page.read_text() for page in PAGES}
     if "--check" in sys.argv:
-        sys.exit(filled(text) != text)
-    PAGE.write_text(filled(text))
+        sys.exit(any(filled(text) != text for text in texts.values()))
+    for page, text in texts.items():
+        page.write_text(filled(text))
