@@ -60,6 +60,14 @@ def test_a_row_runs_once_and_again_where_it_failed(tmp_path):
     assert (tmp_path / "count").read_text() == "x" and not (tmp_path / "scores/bad.json").exists()
 
 
+def test_a_score_without_its_random_start_is_not_whole(tmp_path):
+    import evidence
+
+    (tmp_path / "a.json").write_text('{"trained": 0.5}')
+    assert not evidence._whole(tmp_path / "a.json", ["tools/eval.py"])
+    assert evidence._whole(tmp_path / "a.json", ["tools/eval.py", "--no-random"])
+
+
 def test_the_tables_pair_seeds_and_mark_what_is_more_than_noise(tmp_path):
     import evidence_tables
 
