@@ -4,8 +4,8 @@ python benchmarks/evidence.py DATA pretrain probe --print        the commands, t
 python benchmarks/evidence.py DATA pretrain probe --jobs 2       runs those that have no result yet; start it again to go on
 
 DATA holds photos/images/*.jpg, camvid/ in PaddleSeg's layout and bccd_voc/ in VOC's (see docs/results.md). Parts: pretrain,
-ablations, probe, few (probes of the ablations), matches, retrieval, export, seg, det. Each command uses one CPU thread; its
-output goes to OUT/logs, what it found to OUT/scores. benchmarks/evidence_tables.py makes the tables of these.
+ablations, probe, few (probes of the ablations), matches, retrieval, controls, export, seg, det, predict. Each command uses one CPU
+thread; its output goes to OUT/logs, what it found to OUT/scores. benchmarks/evidence_tables.py makes the tables of these.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/densecl_r18_evidence.yaml"
 METHODS = {"moco": ["model.loss_lambda=0"], "densecl": []}
+NAMES = {"random": "random start", "moco": "MoCo-v2", "densecl": "DenseCL"}
 SHORT = 16  # epochs of an ablation
 ABLATIONS = {
     "base": [], "lambda_0": ["model.loss_lambda=0"],
@@ -58,14 +59,17 @@ def rows(part, data, out, pretrained, seeds):
     def row(name, *commands):
         return Row(name, *map(list, zip(*commands)))
 
+    frames = ["--task", "dense", "--train-list", f"{data}/camvid/train.txt", "--test-list", f"{data}/camvid/test.txt", "--size",
+              "180", "240", "--cache", f"{out}/features", "--stage"]
+
     def linear(run, beside, seeds=(None,)):  # one row, for all of it reads the same features
-        frames = ["--task", "dense", "--train-list", f"{data}/camvid/train.txt", "--test-list", f"{data}/camvid/test.txt", "--size",
-                  "180", "240", "--cache", f"{out}/features", "--stage"]
         return row(f"probe_{run}", *(score(f"probe{''.join(stages)}", run, [*frames, *stages], beside, seed)
                                      for seed in seeds for stages in ("234", "4")))
 
+    places = ["--task", "correspondence", "--count", "400"]
+
     def matches(run, beside):
-        return row(f"matches_{run}", score("matches", run, ["--task", "correspondence", "--count", "400"], beside))
+        return row(f"matches_{run}", score("matches", run, places, beside))
 
     def segment(method, first, seed, share):
         start = method if method == "random" else f"{method}_s{first}"
@@ -104,11 +108,26 @@ def rows(part, data, out, pretrained, seeds):
         return [row(f"retrieval_{run}", *(
             score(f"retrieval_{what}", run, ["--task", "retrieval", "--count", count, *where], run.startswith("densecl"))
             for what, count, where in (("photos", "600", []), ("camvid", "233", unseen)))) for run in mains]
+    if part == "controls":
+        run = f"densecl_s{pretrained[0]}"
+        return [row(f"control_{kind}_{run}", score(f"control_{kind}", run, [*options, "--shuffle-labels"], True))
+                for kind, options in (("probe4", [*frames, "4", "--epochs", "1"]), ("matches", places),
+                                      ("retrieval", ["--task", "retrieval", "--count", "600"]))]
     if part == "seg":
         return [segment(method, first, seed, share)
                 for first, seed in pairs for share in LABELS for method in ("random", *METHODS)]
     if part == "det":
         return [detect(method, first, seed) for first, seed in pairs for method in ("random", *METHODS)]
+    if part == "predict":
+        first, seed = pairs[0]
+        starts = {"random": "random", **{method: f"{method}_s{first}" for method in METHODS}}
+        masks = {method: f"{out}/masks/{start}" for method, start in starts.items()}
+        return [Row("predict", [
+            *(["tools/finetune_seg.py", "-c", "configs/seg/fcn_r18_camvid_cpu.yml", "predict", "--image_path",
+               f"{data}/camvid/images/test", "--save_dir", masks[method],
+               "--model_path", f"{out}/seg/{start}_100_e{seed}/iter_300/model.pdparams"] for method, start in starts.items()),
+            ["benchmarks/side_by_side.py", "--list", f"{data}/camvid/test.txt", "--classes", f"{data}/camvid/labels.txt", "--out",
+             f"{out}/masks.png", *(f"{NAMES[method]}={masks[method]}" for method in starts)]])]
     raise SystemExit(f"error: {part} is no part of the experiment; see --help")
 
 
@@ -118,15 +137,17 @@ def lists(data, out):
     pictures = {part: [f"camvid/{line.split()[0]}" for line in lines] for part, lines in camvid.items()}
     photos = sorted(f"photos/images/{path.name}" for path in (data / "photos/images").glob("*.jpg"))
     texts = {"unlabelled": photos + pictures["train"], "unseen": pictures["test"],
-             **{f"camvid_{share}": [" ".join(f"{data}/camvid/{name}" for name in line.split()) for line in camvid["train"][::step]]
-                for share, step in LABELS.items()}}
+             **{f"camvid_{share}": [" ".join(f"{data}/camvid/{name}" for name in line.split())
+                                    for line in camvid["train"][::step]] for share, step in LABELS.items()}}
     for name, lines in texts.items():
         (out / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines))
 
 
 def _whole(result, command):
     """tools/eval.py writes what it has before it scores the random start."""
-    return result.exists() and (command[0] != "tools/eval.py" or "--no-random" in command or "random" in json.loads(result.read_text()))
+    if not result.exists():
+        return False
+    return command[0] != "tools/eval.py" or "--no-random" in command or "random" in json.loads(result.read_text())
 
 
 def run(row, out):
