@@ -33,12 +33,10 @@ for check in "$task" correspondence; do
     "$PYTHON" tools/eval.py -c "$out/config.yaml" --checkpoint "$out/latest" --task "$check" --count "$count" --out "$out/$check.json"
 done
 "$PYTHON" tools/extract_backbone.py "$out/latest" "$out/backbone.pdparams" >/dev/null
-"$PYTHON" tools/visualize.py "$out" >/dev/null
+"$PYTHON" tools/report.py "$out" >/dev/null
 cat <<END
 
-Look at   $out/pictures/views.png      the augmented view pairs
-          $out/pictures/curves.png     losses, accuracies, similarities
-          $out/pictures/matches_*.png  which place of one view was matched to which of the other
+Look at   $out/report.html             scores, curves, matches, features as colours, retrieval, beside a random start
 Have      $out/backbone.pdparams       the ResNet-18, torchvision's names
           $out/latest.*                the whole checkpoint; train.py --resume goes on from it
           $out/{train.log,config.yaml,vdl}

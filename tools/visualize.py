@@ -1,6 +1,4 @@
-"""Draws what a run did, into RUN/pictures: python tools/visualize.py output/RUN"""
-
-from pathlib import Path
+"""Draws what a run did and what it learned, into RUN/pictures: python tools/visualize.py output/RUN"""
 
 import command_line
 
@@ -9,46 +7,26 @@ def main():
     parser = command_line.parser(__doc__, config=False)
     parser.add_argument("run", help="the output_dir of a run")
     parser.add_argument("--checkpoint", default="latest", help="name in that folder (default %(default)s)")
-    parser.add_argument("--matches", type=int, default=4, help="pictures whose dense matches are drawn (default %(default)s)")
+    parser.add_argument("--matches", type=int, default=4, metavar="N",
+                        help="pictures whose matches and similarities are drawn (default %(default)s)")
+    parser.add_argument("--threshold", type=float, default=0.9,
+                        help="cosine above which mutual matches are drawn (default %(default)s)")
+    parser.add_argument("--cell", type=int, nargs=2, metavar=("ROW", "COLUMN"),
+                        help="of the query view, from 0, whose similarities are drawn (default: one with contrast)")
+    parser.add_argument("--count", type=int, default=100, help="pictures among which views are searched (default %(default)s)")
     arguments = parser.parse_args()
     if arguments.matches < 1:
         parser.error("--matches must be at least 1")
-    run = Path(arguments.run)
+    if not -1 <= arguments.threshold <= 1:
+        parser.error("--threshold is a cosine: from -1 to 1")
+    if arguments.count < 2:
+        parser.error("--count must be at least 2")
 
-    import cv2
+    from ppdensecl.visual.pictures import draw_run
 
-    from ppdensecl.config import load_config
-    from ppdensecl.data.loader import PairLoader
-    from ppdensecl.data.transforms import Augmentation
-    from ppdensecl.engine import device
-    from ppdensecl.data.sources import spread
-    from ppdensecl.engine.trainer import build_source
-    from ppdensecl.errors import UserError
-    from ppdensecl.evaluation.correspondence import matched_pair
-    from ppdensecl.evaluation.features import load_backbone
-    from ppdensecl.visual.curves import draw_curves, read_log
-    from ppdensecl.visual.views import draw_matches, pair_sheet
-
-    config = load_config(run / "config.yaml")
-    device.select(config.device)
-    source = build_source(config)
-    pictures = run / "pictures"
-    try:
-        pictures.mkdir(exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{pictures}: cannot be made a folder ({error.strerror}); move what has that name") from None
-    log = read_log(run / "train.log")
-    draw_curves(log, config.model.queue_len, pictures / "curves.png")
-
-    loader = PairLoader(source, Augmentation(size=config.data.size), min(12, len(source)), config.seed, max_bad_fraction=1)
-    cv2.imwrite(str(pictures / "views.png"), pair_sheet(next(loader.batches([0])))[:, :, ::-1])
-
-    backbone = load_backbone(run / arguments.checkpoint)
-    larger = Augmentation(size=tuple(2 * side for side in config.data.size))  # more cells than in training
-    for number, (index, picture) in enumerate(spread(source, arguments.matches)):
-        drawn = draw_matches(*matched_pair(backbone, picture, larger, config.seed, index))
-        cv2.imwrite(str(pictures / f"matches_{number}.png"), drawn[:, :, ::-1])
-    print(f"{pictures}: curves.png, views.png, matches_*.png")
+    folder = draw_run(arguments.run, arguments.checkpoint, arguments.matches, arguments.threshold, arguments.cell,
+                      arguments.count)
+    print(f"{folder}: curves.png, views.png, pca.png, retrieval.png, matches_*.png, mutual_*.png, similarity_*.png")
 
 
 if __name__ == "__main__":

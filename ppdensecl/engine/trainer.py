@@ -77,6 +77,7 @@ class Trainer:
             if self.loader:
                 self.loader.close()
             raise
+        LOGGER.info(self.about)
         LOGGER.info(f"{len(self.loader.source)} pictures ({config.data.source}), {self.iters_per_epoch} iterations an epoch, "
                     f"{self.iterations} in all, {self._batch()} pictures in each")
         if config.model.loss_lambda == 1 and not config.model.lambda_warmup_iters:
@@ -89,8 +90,6 @@ class Trainer:
         if parallel.is_main():
             self.lock = run_folder.take(self.folder, resume, overwrite)
         workers = device.workers(where) if config.data.workers is None else config.data.workers
-        LOGGER.info(f"ppdensecl {ppdensecl.__version__}, paddlepaddle {paddle.__version__}, device {where}, "
-                    f"{parallel.world_size()} process(es), {device.threads()} CPU thread(s) and {workers} data worker(s) each")
         if config.optim.amp != "off" and where == "cpu":
             raise UserError(f"'optim.amp' is '{config.optim.amp}', but Paddle's autocast does nothing on the CPU; use off")
         if config.optim.to_static and (config.optim.recompute or config.optim.amp != "off"):
@@ -123,6 +122,8 @@ class Trainer:
         self.loader = PairLoader(
             source, Augmentation(size=config.data.size), config.data.batch_size, config.seed, workers,
             parallel.rank(), parallel.world_size(), config.data.max_bad_fraction, self._warn_of_bad_picture)
+        self.about = (f"ppdensecl {ppdensecl.__version__}, paddlepaddle {paddle.__version__}, device {where}, "
+                      f"{parallel.world_size()} process(es), {device.threads()} CPU thread(s) and {workers} data worker(s) each")
         self.iteration = 0  # optimizer steps done
         if resume:
             self._resume(resume)

@@ -1,12 +1,17 @@
 """The curves of a run, from its train.log."""
 
+from __future__ import annotations
+
 import math
 import re
 
 from ppdensecl.errors import UserError
+from ppdensecl.visual.figure import save
 
-_LINE = re.compile(r"epoch: (\d+)/\d+, iter: (\d+)/(\d+), (.*)")
-_FIELD = re.compile(r"([a-z_]+): ([-+\d.e]+|nan|inf)")
+_NUMBER = r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?|nan|-?inf"
+_LINE = re.compile(r"epoch: (\d{1,9})/\d+, iter: (\d{1,9})/(\d{1,9}), (.*)")
+_FIELD = re.compile(rf"([a-z_]+): ({_NUMBER})")
+_CORRESPONDENCE = re.compile(rf"correspondence at iteration (\d{{1,9}})/\d+: ({_NUMBER}), chance ({_NUMBER})")
 
 
 def read_log(path):
@@ -14,13 +19,8 @@ def read_log(path):
 
     Where a run was resumed, lines that were trained again count once. Raises UserError.
     """
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            lines = [match for match in map(_LINE.search, file) if match]
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give the folder of a run") from None
     rows = {}
-    for match in lines:
+    for match in filter(None, map(_LINE.search, read_lines(path))):
         epoch, position, per_epoch = (int(match.group(i)) for i in (1, 2, 3))
         rows[(epoch - 1) * per_epoch + position] = {name: float(value) for name, value in _FIELD.findall(match.group(4))}
     if not rows:
@@ -30,35 +30,67 @@ def read_log(path):
     return {"iteration": order, **{name: [rows[i][name] for i in order] for name in names}}
 
 
-def draw_curves(log, queue_len, path):
-    """Draws losses, accuracies against the queue, similarities and learning rate of `read_log`'s result as a PNG."""
-    import matplotlib
+def read_correspondence(path):
+    """The checks of dense matches in a train.log: {"iteration": […], "share": […], "chance": […]}, empty where it has none.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    Shares of query cells that are matched to within one cell of the truth. Of two lines of one iteration the later counts, as
+    after a resume. Raises UserError.
+    """
+    rows = {int(match.group(1)): (float(match.group(2)), float(match.group(3)))
+            for match in filter(None, map(_CORRESPONDENCE.search, read_lines(path)))}
+    order = sorted(rows)
+    return {"iteration": order, "share": [rows[i][0] for i in order], "chance": [rows[i][1] for i in order]}
 
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), constrained_layout=True, sharex=True)
-    panels = (
-        (axes[0, 0], "InfoNCE loss", ("loss_global", "loss_dense")),
-        (axes[0, 1], "share", ("accuracy", "dense_accuracy", "matched_share")),
-        (axes[1, 0], "mean cosine similarity", ("positive", "negative", "dense_positive", "dense_negative")),
-        (axes[1, 1], "learning rate", ("lr",)),
-    )
-    names = {"loss_global": "global", "loss_dense": "dense", "accuracy": "global: positive beats the queue",
-             "dense_accuracy": "dense: positive beats the queue", "matched_share": "matched to own position", "lr": "lr",
-             "positive": "global, positive", "negative": "global, negatives", "dense_positive": "dense, positive",
-             "dense_negative": "dense, negatives"}
-    for axis, label, fields in panels:
-        for field in fields:
+
+def read_lines(path):
+    """The lines of a train.log. Raises UserError."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read().splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give the folder of a run") from None
+
+
+_PANELS = (  # (title, what the y axis counts, {field: its line's name})
+    ("losses", "InfoNCE loss", {"loss_global": "global", "loss_dense": "dense"}),
+    ("accuracy: the positive beats all of the queue", "share of queries",
+     {"accuracy": "global: pictures", "dense_accuracy": "dense: cells"}),
+    ("where query cells are matched to", "share of query cells", {"matched_share": "their own position in the key view"}),
+    ("similarity of embeddings", "mean cosine", {
+        "positive": "global, positives", "negative": "global, negatives", "dense_positive": "dense, positives",
+        "dense_negative": "dense, negatives"}),
+    ("learning rate", "learning rate", {"lr": None}),
+    ("speed", "pictures / s", {"avg_ips": None}),
+)
+
+
+def draw_curves(log, correspondence, queue_len, path):
+    """Draws the results of `read_log` and `read_correspondence` as a PNG of six panels. Raises UserError."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14, 7.5), layout="constrained")
+    axes = list(figure.subplots(2, 3, sharex=True).flat)
+    for axis, (title, label, fields) in zip(axes, _PANELS):
+        for field, name in fields.items():
             if field in log:
-                axis.plot(log["iteration"], log[field], label=names[field], linewidth=1.2)
-        axis.set_ylabel(label)
+                axis.plot(log["iteration"], log[field], ".-" if len(log["iteration"]) < 3 else "-", label=name, linewidth=1.2)
+        axis.set(title=title, ylabel=label)
         axis.grid(alpha=0.3)
-    axes[0, 0].axhline(math.log(1 + queue_len), color="grey", linestyle="--", linewidth=1, label="chance: ln(1 + K)")
-    for axis in axes.flat[:3]:
-        axis.legend(fontsize=8)
-    axes[0, 1].set_ylim(-0.03, 1.03)
-    for axis in axes[1]:
+    losses, accuracy, matched, _, _, speed = axes
+    losses.axhline(math.log(1 + queue_len), color="grey", linestyle="--", linewidth=1, label=f"chance: ln(1 + {queue_len})")
+    accuracy.axhline(1 / (1 + queue_len), color="grey", linestyle="--", linewidth=1, label=f"chance: 1 / (1 + {queue_len})")
+    if correspondence["iteration"]:
+        matched.plot(correspondence["iteration"], correspondence["share"], "o-", color="C2", markersize=4, linewidth=1.2,
+                     label="within one cell of the truth (larger views)")
+        matched.plot(correspondence["iteration"], correspondence["chance"], "--", color="C2", linewidth=1,
+                     label="chance of that")
+    for axis in (accuracy, matched):
+        axis.set_ylim(-0.03, 1.03)
+    speed.set_ylim(0, 1.05 * speed.get_ylim()[1])
+    for axis in axes:
+        axis.xaxis.set_tick_params(labelbottom=True)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_xlabel("iteration")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
+    save(figure, path)

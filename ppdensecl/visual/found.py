@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 
-from ppdensecl.errors import UserError
+from ppdensecl.visual.figure import frame, save, sheet
 
 
 def draw_found(query, cell, whole, places, pictures, grid, path):
@@ -15,33 +13,16 @@ def draw_found(query, cell, whole, places, pictures, grid, path):
     query uint8 [H, W, 3]; cell (row, column) of the grid (rows, columns); whole [(index, cosine)]; places
     [(index, (row, column), cosine)]; pictures: a source. Raises UserError.
     """
-    from matplotlib.figure import Figure
-
     columns = 1 + max(len(whole), len(places))
-    figure = Figure(figsize=(2.2 * columns, 4.6 * query.shape[0] / query.shape[1] + 1), layout="constrained")
-    axes = figure.subplots(2, columns, squeeze=False)
+    figure, axes = sheet(2, columns, 2.2 * columns, 4.6 * query.shape[0] / query.shape[1] + 1)
     rows = ([("query", query, None), *((f"{cosine:.2f}", pictures.picture(i), None) for i, cosine in whole)],
             [("its place", query, cell), *((f"{cosine:.2f}", pictures.picture(i), found) for i, found, cosine in places)])
     for line, row, title in zip(axes, rows, ("similar pictures\n(pooled feature)", "similar places\n(feature map)")):
-        for axis in line:
-            axis.axis("off")
         for axis, (text, picture, found) in zip(line, row):
             axis.imshow(picture)
             axis.set_title(text, fontsize=9)
             if found is not None:
                 height, width = np.array(picture.shape[:2]) / grid
-                for colour, thickness in (("black", 3.5), ("yellow", 1.8)):  # seen on any ground
-                    axis.add_patch(_frame(found[1] * width, found[0] * height, width, height, colour, thickness))
+                frame(axis, found[1] * width, found[0] * height, width, height, "yellow")
         line[0].text(-0.08, 0.5, title, transform=line[0].transAxes, rotation=90, va="center", ha="center", fontsize=9)
-    temporary = f"{path}.tmp{os.getpid()}"
-    try:
-        figure.savefig(temporary, format="png", dpi=110)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"--out {path}: cannot be written ({error.strerror})") from None
-
-
-def _frame(left, top, width, height, colour, thickness):
-    from matplotlib.patches import Rectangle
-
-    return Rectangle((left - 0.5, top - 0.5), width, height, fill=False, edgecolor=colour, linewidth=thickness)
+    save(figure, path, f"--out {path}")

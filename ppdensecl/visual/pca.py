@@ -5,6 +5,8 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
+from ppdensecl.visual.figure import save, sheet
+
 _MOST_CELLS = 1000  # that components are fitted to, spread over all
 
 
@@ -30,6 +32,26 @@ class Colours:
         values = (self._of(_cells(feature_map[None])) - self._low) / np.maximum(self._high - self._low, 1e-12)
         small = (255 * np.clip(values, 0, 1)).astype(np.float32).reshape(height, width, 3)
         return cv2.convertScaleAbs(np.maximum(cv2.resize(small, size[::-1], interpolation=cv2.INTER_CUBIC), 0))
+
+
+def draw_pca(pictures, maps, path):
+    """Writes pictures beside the colours of their features as a PNG.
+
+    pictures uint8 [n, H, W, 3]; maps {name of a backbone: float32 [n, C, h, w]}, each with components of its own.
+    """
+    height, width = pictures.shape[1:3]
+    figure, axes = sheet(len(pictures), 1 + len(maps), 2.4 * (1 + len(maps)), 0.8 + 2.4 * len(pictures) * height / width)
+    for column, (name, found) in enumerate(maps.items(), 1):
+        colours = Colours(found)
+        axes[0, column].set_title(f"{name}, {found.shape[2]}×{found.shape[3]} cells", fontsize=10)
+        for axis, feature_map in zip(axes[:, column], found):
+            axis.imshow(colours.picture(feature_map, (height, width)))
+    for axis, picture in zip(axes[:, 0], pictures):
+        axis.imshow(picture)
+    axes[0, 0].set_title("picture", fontsize=10)
+    figure.suptitle("Three principal components of the last stage's cells\n"
+                    f"as red, green and blue, pictures of {height}×{width} pixels", fontsize=11)
+    save(figure, path)
 
 
 def _cells(maps):

@@ -19,11 +19,25 @@ def pair_sheet(views, rows=4, columns=3, gap=12):
     return sheet
 
 
+RIGHT, WRONG, UNSEEN = (40, 200, 60), (230, 50, 40), (240, 150, 20)  # colours of a match
+
+
 def draw_matches(views, matches, error, similarity, scale=2, share=0.5):
     """Lines between the cells of two views: green within one cell of the truth, red otherwise.
 
     Arguments as from `evaluation.correspondence.matched_pair`. Of the cells that the key view shows, the `share` with the
     greatest similarity are drawn. Returns uint8 [H, W, 3] RGB.
+    """
+    chosen = ~np.isnan(error)
+    if chosen.any():
+        chosen = chosen & (similarity >= np.quantile(similarity[chosen], 1 - share))
+    return draw_lines(views, matches, error, chosen, scale)
+
+
+def draw_lines(views, matches, error, chosen, scale=2):
+    """The matches of the `chosen` query cells (bool [S_h, S_w]) as lines between two views; other arguments as `draw_matches`.
+
+    Green is within one cell of the truth, red is not, orange starts at a place that the key view does not show.
     """
     _, h, w, _ = views.shape
     gap = 16
@@ -31,20 +45,18 @@ def draw_matches(views, matches, error, similarity, scale=2, share=0.5):
     for view, left in zip(views, (0, w * scale + gap)):
         canvas[:, left:left + w * scale] = cv2.resize(view, (w * scale, h * scale), interpolation=cv2.INTER_CUBIC)
     grid = matches.shape
-    visible = ~np.isnan(error)
-    if not visible.any():
-        return canvas
-    least = np.quantile(similarity[visible], 1 - share)
-    for row, column in zip(*np.nonzero(visible & (similarity >= least))):
+    for row, column in zip(*np.nonzero(chosen)):
+        # Lines of one row to itself would lie on each other: within its cells each column's ends are a little lower.
+        lower = 0.6 * ((column + 0.5) / grid[1] - 0.5)
         found = divmod(int(matches[row, column]), grid[1])
-        start = _centre((row, column), grid, h * scale, w * scale, 0)
-        end = _centre(found, grid, h * scale, w * scale, w * scale + gap)
-        colour = (40, 200, 60) if error[row, column] <= 1 else (230, 50, 40)
+        start = _place((row, column), lower, grid, h * scale, w * scale, 0)
+        end = _place(found, lower, grid, h * scale, w * scale, w * scale + gap)
+        colour = UNSEEN if np.isnan(error[row, column]) else RIGHT if error[row, column] <= 1 else WRONG
         cv2.line(canvas, start, end, colour, 1, cv2.LINE_AA)
         for point in (start, end):
             cv2.circle(canvas, point, 4, colour, -1, cv2.LINE_AA)
     return canvas
 
 
-def _centre(cell, grid, height, width, left):
-    return left + int((cell[1] + 0.5) / grid[1] * width), int((cell[0] + 0.5) / grid[0] * height)
+def _place(cell, lower, grid, height, width, left):
+    return left + int((cell[1] + 0.5) / grid[1] * width), int((cell[0] + 0.5 + lower) / grid[0] * height)
