@@ -1,4 +1,4 @@
-"""SGD as the recipes have it, and the learning rate as a pure function of the iteration."""
+"""SGD as the recipes have it, its state under names that last, and the learning rate as a pure function of the iteration."""
 
 import math
 
@@ -36,3 +36,31 @@ def build_optimizer(optim, model):
                       {"params": [p for _, p in learning if p.ndim <= 1], "weight_decay": 0.0}]
     clip = paddle.nn.ClipGradByGlobalNorm(optim.clip_norm) if optim.clip_norm else None
     return paddle.optimizer.Momentum(optim.lr, optim.momentum, parameters, weight_decay=optim.weight_decay, grad_clip=clip)
+
+
+# Paddle names an accumulator after a parameter's running number in this process (`conv2d_3.w_0_velocity_0`); a checkpoint names
+# it after the parameter's place in the model (`encoder_q.backbone.conv1.weight/velocity_0`).
+
+
+def lasting_names(model, state):
+    """The state dict of an optimizer of `model` as a checkpoint has it: {name: array}."""
+    places, renamed = _places(model), {}
+    for key, value in state.items():
+        if isinstance(value, paddle.Tensor):
+            owner = max((p for p in places if key.startswith(f"{p}_")), key=len, default=None)
+            renamed[key if owner is None else f"{places[owner]}/{key[len(owner) + 1:]}"] = value.numpy()
+    return renamed
+
+
+def own_names(model, arrays):
+    """What `lasting_names` gave, for an optimizer of `model` in this process: {name: tensor}."""
+    ours, renamed = {place: name for name, place in _places(model).items()}, {}
+    for key, value in arrays.items():
+        place, slash, kind = key.partition("/")
+        renamed[f"{ours[place]}_{kind}" if slash and place in ours else key] = paddle.to_tensor(value)
+    return renamed
+
+
+def _places(model):
+    """{Paddle's name of a parameter that learns: its place in the model}"""
+    return {p.name: name for name, p in model.named_parameters() if not p.stop_gradient}

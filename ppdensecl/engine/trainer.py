@@ -20,7 +20,7 @@ from ppdensecl.data.sources import open_source
 from ppdensecl.data.transforms import Augmentation
 from ppdensecl.engine import checkpoint, device, run_folder
 from ppdensecl.engine.logging import LOGGER, LossSums, Meter, Scalars, format_line
-from ppdensecl.engine.optimisation import build_optimizer, learning_rate
+from ppdensecl.engine.optimisation import build_optimizer, lasting_names, learning_rate, own_names
 from ppdensecl.engine.stopping import StopRequest
 from ppdensecl.errors import UserError
 from ppdensecl.evaluation import correspondence
@@ -162,7 +162,7 @@ class Trainer:
                 raise UserError(f"{path} was trained with another '{section}' ({_difference(saved, self.config, section)}); "
                                 "resume with the same one, or start a new run in another output_dir")
         checkpoint.set_weights(self.model, checkpoint.load_weights(path), path)
-        self.optimizer.set_state_dict(self._optimizer_names(checkpoint.load_optimizer(path), to_paddle=True))
+        self.optimizer.set_state_dict(own_names(self.model, checkpoint.load_optimizer(path)))
         if self.scaler and states["scaler"]:
             self.scaler.load_state_dict(states["scaler"])
         # A converted checkpoint knows neither the pictures nor, at times, how many iterations an epoch had: then None.
@@ -177,24 +177,6 @@ class Trainer:
             LOGGER.warning(f"an epoch has {self.iters_per_epoch} iterations now, {states['iters_per_epoch']} before: "
                            f"going on at the same part of the run, iteration {self.iteration}")
         LOGGER.info(f"resumed from {path} at iteration {self.iteration}")
-
-    def _optimizer_names(self, state, to_paddle):
-        """Paddle names an accumulator after a parameter's running number in this process (`conv2d_3.w_0_velocity_0`); a
-        checkpoint names it after the parameter's place in the model (`encoder_q.backbone.conv1.weight/velocity_0`)."""
-        learning = {p.name: name for name, p in self.model.named_parameters() if not p.stop_gradient}
-        if to_paddle:
-            ours = {name: paddle_name for paddle_name, name in learning.items()}
-            renamed = {}
-            for key, value in state.items():
-                name, slash, kind = key.partition("/")
-                renamed[f"{ours[name]}_{kind}" if slash and name in ours else key] = paddle.to_tensor(value)
-            return renamed
-        renamed = {}
-        for key, value in state.items():
-            if isinstance(value, paddle.Tensor):
-                owner = max((p for p in learning if key.startswith(f"{p}_")), key=len, default=None)
-                renamed[key if owner is None else f"{learning[owner]}/{key[len(owner) + 1:]}"] = value.numpy()
-        return renamed
 
     def _batch(self):
         return self.loader.global_batch * self.config.optim.accumulate
@@ -341,7 +323,7 @@ class Trainer:
                   "world_size": parallel.world_size(), "pictures": self.loader.source.fingerprint(),
                   "scaler": self._scaler_state(), "config": self.config.model_dump(),
                   "versions": {"ppdensecl": ppdensecl.__version__, "paddle": paddle.__version__}}
-        checkpoint.save(self.folder, name, weights, self._optimizer_names(self.optimizer.state_dict(), False), states)
+        checkpoint.save(self.folder, name, weights, lasting_names(self.model, self.optimizer.state_dict()), states)
         checkpoint.prune(self.folder, self.config.save.keep_last)
         LOGGER.info(f"saved {self.folder / name}")
 
