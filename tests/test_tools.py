@@ -143,18 +143,27 @@ class _Positions:
         return F.avg_pool2d(x, 32)
 
 
+def _padding(x):
+    """A backbone that knows where a cell is, and nothing else."""
+    import paddle
+
+    return paddle.eye(49).reshape([1, 49, 7, 7]).expand([len(x), 49, 7, 7])
+
+
 def test_correspondence_is_right_for_true_matches_and_at_chance_for_constant_ones():
     source = SyntheticSource(40)
     rows, columns = np.meshgrid(np.linspace(0, 255, 300), np.linspace(0, 255, 400), indexing="ij")
     picture = np.stack([rows, columns, 255 - (rows + columns) / 2], -1).astype(np.uint8)  # every place has its own colour
     source.picture = lambda index: picture
     geometry = Augmentation(size=(224, 224), jitter_p=0, gray_p=0, blur_p=0)
-    share, chance = correspondence.matched_share(_Positions(), source, geometry, 0, 3)
-    assert share > 0.9 and chance < 0.25
-    constant, _ = correspondence.matched_share(lambda x: 0 * _Positions()(x) + 1, source, geometry, 0, 3)
-    assert constant < 0.5
-    shuffled, chance = correspondence.matched_share(_Positions(), source, geometry, 0, 40, shuffle=True)
-    assert abs(shuffled - chance) < 0.03
+    found = correspondence.matched_share(_Positions(), source, geometry, 0, 3)
+    assert found.right > 0.9 and found.chance < 0.25 and found.elsewhere > 0.9
+    constant = correspondence.matched_share(lambda x: 0 * _Positions()(x) + 1, source, geometry, 0, 3)
+    assert constant.right < 0.5
+    own = correspondence.matched_share(_padding, source, geometry, 0, 40)
+    assert own.right == own.own > own.chance and own.elsewhere == 0  # sees no picture, and is better than chance
+    shuffled = correspondence.matched_share(_Positions(), source, geometry, 0, 40, shuffle=True)
+    assert abs(shuffled.right - shuffled.chance) < 0.03 and abs(shuffled.elsewhere - shuffled.chance) < 0.03
 
 
 def test_a_backbone_loads_from_a_checkpoint_and_from_an_extracted_one(run_folder, run_tool, tmp_path):

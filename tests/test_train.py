@@ -180,7 +180,7 @@ def test_the_correspondence_is_watched_and_changes_nothing(undisturbed, run_tool
     result = _train(run_tool, tmp_path, overrides=watched)
     assert result.returncode == 0, result.stderr
     _same(tmp_path / "latest", undisturbed[0] / "latest")
-    lines = re.findall(r"correspondence at iteration (\d+)/10: ([\d.]+), chance ([\d.]+)", (tmp_path / "train.log").read_text())
+    lines = re.findall(r"correspondence at iteration (\d+)/10: ([\d.]+), chance ([\d.]+), own position .*wrong ([\d.]+)", (tmp_path / "train.log").read_text())
     assert [line[0] for line in lines] == ["0", "5", "10"]
 
     from visualdl import LogReader
@@ -192,7 +192,8 @@ def test_the_correspondence_is_watched_and_changes_nothing(undisturbed, run_tool
                       "--count", 6, "--no-random", "--out", tmp_path / "c.json")
     assert scored.returncode == 0, scored.stderr
     found = json.loads((tmp_path / "c.json").read_text())
-    assert (f"{found['trained']:.4f}", f"{found['chance']:.4f}") == lines[2][1:]
+    elsewhere = found["details"]["trained"]["shown"]["cells whose own position is wrong"]
+    assert tuple(f"{share:.4f}" for share in (found["trained"], found["chance"], elsewhere)) == lines[2][1:]
 
 
 def test_print_config_shows_the_merged_result_and_trains_nothing(run_tool, tmp_path):

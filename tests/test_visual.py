@@ -22,7 +22,7 @@ LINE = ("[2026/11/23 16:26:49] ppdensecl INFO: epoch: 1/2, iter: {0}/9, lr: 0.03
         "loss_dense: 3.0, lambda: 0.5000, accuracy: 0.5, positive: 0.8, negative: 0.1, dense_accuracy: 0.4, dense_positive: 0.7, "
         "dense_negative: 0.0, matched_share: 0.7, avg_reader_cost: 0.01 sec, avg_batch_cost: 1.0 sec, avg_samples: 32.0, "
         "avg_ips: 30.5 images/sec, eta: 0:00:39")
-CHECK = "[2026/11/23 16:26:50] ppdensecl INFO: correspondence at iteration {}/18: {}, chance 0.0754"
+CHECK = "[2026/11/23 16:26:50] ppdensecl INFO: correspondence at iteration {}/18: {}, chance 0.0754, own position 0.2, where that is wrong 0.1"
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,8 @@ def test_of_two_checks_of_one_iteration_the_later_counts(tmp_path):
     log.write_text("\n".join([CHECK.format(0, 0.30), CHECK.format(9, 0.35), LINE.format(1, 4.0), CHECK.format(9, 0.3812),
                               CHECK.format(5, "nan"), CHECK.format(18, "--.e")]))
     found = curves.read_correspondence(log)
-    assert found["iteration"] == [0, 5, 9] and found["share"][::2] == [0.30, 0.3812] and found["chance"] == [0.0754] * 3
+    assert found["iteration"] == [0, 5, 9] and found["right"][::2] == [0.30, 0.3812] and found["chance"] == [0.0754] * 3
+    assert found["own"] == [0.2] * 3 and found["elsewhere"] == [0.1] * 3
     assert curves.read_log(log)["avg_ips"] == [30.5]
     assert curves.read_correspondence(Path(__file__))["iteration"] == []
 
@@ -128,7 +129,7 @@ def test_curves_have_their_panels_and_the_truth_where_the_log_has_it(tmp_path, d
     for checks in ([], [CHECK.format(0, 0.3), CHECK.format(9, 0.4)]):
         log.write_text("\n".join([LINE.format(1, 4.0), LINE.format(9, 2.0), *checks]))
         curves.draw_curves(curves.read_log(log), curves.read_correspondence(log), 15, None)
-    for figure, matched in zip(drawn, (1, 3)):
+    for figure, matched in zip(drawn, (1, 5)):
         losses, accuracy, share, similarity, rate, speed = figure.axes
         assert [len(axis.lines) for axis in figure.axes] == [3, 3, matched, 4, 1, 1]
         assert losses.lines[0].get_ydata()[-1] == 2.0 and losses.lines[2].get_ydata()[0] == np.log(16)

@@ -88,7 +88,8 @@ class Meter:
         """What is done within is no part of an iteration's time."""
         started = time.perf_counter()
         yield
-        self.since += time.perf_counter() - started
+        spent = time.perf_counter() - started
+        self.since, self.started = self.since + spent, self.started + spent
 
     def done(self):
         """Call at the end of an iteration."""

@@ -289,12 +289,14 @@ class Trainer:
         backbone = self.model.encoder_q.backbone
         backbone.eval()
         with meter.aside():
-            share, chance = correspondence.matched_share(
+            found = correspondence.matched_share(
                 backbone, self.loader.source, correspondence.larger_views(self.config.data.size), self.config.seed + 1,
                 log.correspondence_pictures)
         backbone.train()
-        LOGGER.info(f"correspondence at iteration {self.iteration}/{self.iterations}: {share:.4f}, chance {chance:.4f}")
-        scalars.add({"eval/correspondence": share, "eval/correspondence_chance": chance}, self.iteration)
+        LOGGER.info(f"correspondence at iteration {self.iteration}/{self.iterations}: {found.right:.4f}, chance {found.chance:.4f}, "
+                    f"own position {found.own:.4f}, where that is wrong {found.elsewhere:.4f}")
+        scalars.add({"eval/correspondence": found.right, "eval/correspondence_chance": found.chance,
+                     "eval/correspondence_own": found.own, "eval/correspondence_elsewhere": found.elsewhere}, self.iteration)
 
     def _save_if_due(self, losses):
         """Whether it was."""

@@ -1,5 +1,7 @@
 """Does dense matching find the right place? The crops and flips of two views are known, and so is the truth."""
 
+from typing import NamedTuple
+
 import numpy as np
 import paddle
 
@@ -42,21 +44,31 @@ def larger_views(size):
     return Augmentation(size=tuple(2 * side for side in size))
 
 
+class Matched(NamedTuple):
+    """Shares of query cells, of those that the key view shows. A cell's "own position" is the key cell of the same row and
+    column: it is often right, for two crops of a picture are alike, and zero padding tells it to a network that knows nothing."""
+
+    right: float  # matched to within one cell of the truth
+    chance: float  # `right` of random matches
+    own: float  # `right` of matching each cell to its own position
+    elsewhere: float  # `right` of the cells alone whose own position is wrong: here padding does not help
+
+
 def matched_share(backbone, source, augmentation, seed, count, shuffle=False):
-    """(share of query cells, of those that the key view shows, whose match lies within one cell of the truth; the share
-    that a random match would have), over `count` pictures of the source spread evenly, which all ranks share.
+    """`Matched` of about `count` pictures of the source spread evenly, which all ranks share.
 
     With `shuffle`, the control, the key's cells change places after the matching: the first must be the second then.
     """
-    right = near = visible = 0.0
+    sums = np.zeros(6)
     for index, picture in spread(source, count, parallel.rank(), parallel.world_size()):
         _, matches, _, _ = matched_pair(backbone, picture, augmentation, seed, index)
         cells = np.arange(matches.size)
         if shuffle:
             matches = np.random.default_rng([seed, 7, index]).permutation(cells)[matches]
         truth = grid_correspondence(*draw_views(augmentation, *picture.shape[:2], seed, 0, index), matches.shape)
-        right += (_errors(matches, truth) <= 1).sum()
-        near += np.mean([_errors(np.full(matches.size, cell), truth) <= 1 for cell in cells], axis=0).sum()
-        visible += truth[1].sum()
-    right, near, visible = parallel.mean([float(right), float(near), float(visible)])
-    return right / max(visible, 1e-12), near / max(visible, 1e-12)
+        right, own = (_errors(found, truth) <= 1 for found in (matches, cells))
+        chance = np.mean([_errors(np.full(matches.size, cell), truth) <= 1 for cell in cells], axis=0)
+        moved = truth[1] & ~own
+        sums += [right.sum(), chance.sum(), own.sum(), truth[1].sum(), (right & moved).sum(), moved.sum()]
+    right, chance, own, visible, elsewhere, moved = parallel.mean(sums.tolist())
+    return Matched(*(share / max(visible, 1e-12) for share in (right, chance, own)), elsewhere / max(moved, 1e-12))

@@ -26,7 +26,7 @@ OPTIONS = {
     "train_dir": dict.fromkeys(LABELS), "test_dir": dict.fromkeys(LABELS),
     "train_list": dict.fromkeys((*LABELS, "dense")), "test_list": dict.fromkeys((*LABELS, "dense")),
     "root": dict.fromkeys((*LABELS, "dense")), "voc07": {"svm": None},
-    "size": dict.fromkeys((*LABELS, "dense")),
+    "size": dict.fromkeys((*LABELS, "dense", "correspondence")),
     "stage": dict.fromkeys(("knn", "linear", "svm", "dense")),
     "cache": dict.fromkeys(("knn", "linear", "svm", "dense"), "output/features"),
     "shuffle_labels": dict.fromkeys((*LABELS, "dense", "retrieval", "correspondence"), False),
@@ -123,12 +123,15 @@ def retrieval(options, config):
 
 def matching(options, config):
     """Share of query cells matched to within one cell of the truth."""
-    source, augmentation = build_source(config), correspondence.larger_views(config.data.size)
+    source = build_source(config)
+    augmentation = Augmentation(size=_size(options, config)) if options.size else correspondence.larger_views(config.data.size)
 
     def score(backbone):
-        share, chance = correspondence.matched_share(backbone, source, augmentation, config.seed + 1, options.count,
-                                                     options.shuffle_labels)
-        return {"accuracy": share, "chance": chance}
+        found = correspondence.matched_share(backbone, source, augmentation, config.seed + 1, options.count,
+                                             options.shuffle_labels)
+        return {"accuracy": found.right, "chance": found.chance,
+                "shown": {"each cell matched to its own position": found.own,
+                          "cells whose own position is wrong": found.elsewhere}}
     return _alone, score
 
 

@@ -11,7 +11,8 @@ from ppdensecl.visual.figure import save
 _NUMBER = r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?|nan|-?inf"
 _LINE = re.compile(r"epoch: (\d{1,9})/\d+, iter: (\d{1,9})/(\d{1,9}), (.*)")
 _FIELD = re.compile(rf"([a-z_]+): ({_NUMBER})")
-_CORRESPONDENCE = re.compile(rf"correspondence at iteration (\d{{1,9}})/\d+: ({_NUMBER}), chance ({_NUMBER})")
+_CORRESPONDENCE = re.compile(rf"correspondence at iteration (\d{{1,9}})/\d+: ({_NUMBER}), chance ({_NUMBER}), "
+                             rf"own position ({_NUMBER}), where that is wrong ({_NUMBER})")
 
 
 def read_log(path):
@@ -31,15 +32,16 @@ def read_log(path):
 
 
 def read_correspondence(path):
-    """The checks of dense matches in a train.log: {"iteration": […], "share": […], "chance": […]}, empty where it has none.
+    """The checks of dense matches in a train.log: {"iteration": […], "right": […], "chance": […], "own": […], "elsewhere": […]},
+    the shares of `evaluation.correspondence.Matched`; empty where it has none.
 
-    Shares of query cells that are matched to within one cell of the truth. Of two lines of one iteration the later counts, as
-    after a resume. Raises UserError.
+    Of two lines of one iteration the later counts, as after a resume. Raises UserError.
     """
-    rows = {int(match.group(1)): (float(match.group(2)), float(match.group(3)))
+    rows = {int(match.group(1)): tuple(map(float, match.groups()[1:]))
             for match in filter(None, map(_CORRESPONDENCE.search, read_lines(path)))}
     order = sorted(rows)
-    return {"iteration": order, "share": [rows[i][0] for i in order], "chance": [rows[i][1] for i in order]}
+    return {"iteration": order, **{name: [rows[i][column] for i in order]
+                                   for column, name in enumerate(("right", "chance", "own", "elsewhere"))}}
 
 
 def read_lines(path):
@@ -80,10 +82,10 @@ def draw_curves(log, correspondence, queue_len, path):
     losses.axhline(math.log(1 + queue_len), color="grey", linestyle="--", linewidth=1, label=f"chance: ln(1 + {queue_len})")
     accuracy.axhline(1 / (1 + queue_len), color="grey", linestyle="--", linewidth=1, label=f"chance: 1 / (1 + {queue_len})")
     if correspondence["iteration"]:
-        matched.plot(correspondence["iteration"], correspondence["share"], "o-", color="C2", markersize=4, linewidth=1.2,
-                     label="within one cell of the truth (larger views)")
-        matched.plot(correspondence["iteration"], correspondence["chance"], "--", color="C2", linewidth=1,
-                     label="chance of that")
+        for name, style, label in (("right", "o-C2", "within one cell of the truth (larger views)"), ("own", "--C2", "if each took its "
+                                   "own position"), ("elsewhere", "o-C3", "within one cell, where its own position is not"),
+                                   ("chance", ":k", "a random match")):
+            matched.plot(correspondence["iteration"], correspondence[name], style, markersize=4, linewidth=1.2, label=label)
     for axis in (accuracy, matched):
         axis.set_ylim(-0.03, 1.03)
     speed.set_ylim(0, 1.05 * speed.get_ylim()[1])
