@@ -9,104 +9,138 @@ import sys
 from pathlib import Path
 from statistics import mean, stdev
 
-from evidence import ABLATIONS, LABELS
+from evidence import ABLATIONS, LABELS, METHODS, NAMES, SHORT
 from measure import RESULTS
 
-STARTS = ("random", "moco", "densecl")
-T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # of Student's t, two-sided, by the number of pairs
+STARTS = ("random", *METHODS)
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # of Student's t, two-sided, for 2, 3, … pairs
+MOVED, OWN = "cells whose own position is wrong", "each cell matched to its own position"  # as tools/eval.py calls them
+SCORES = {  # name of the row, and which number of the result
+    "probe234": ("linear probe, stages 2–4, mIoU", None), "probe4": ("linear probe, last stage, mIoU", None),
+    **{f"seg_{share}": (f"FCN, {share} % of the labels, mIoU", None) for share in LABELS}, "det": ("BCCD detection, box AP", None),
+    "retrieval_scenes": ("same scene, unseen frames", None), "retrieval_frames": ("same frame, unseen frames", None),
+    "retrieval_photos": ("same picture, training pictures", None),
+    "matches_camvid": ("dense matches, unseen frames", None), "matches_camvid.moved": ("… where the own position is wrong", MOVED),
+    "matches_photos": ("dense matches, training pictures", None), "matches_photos.moved": ("… where the own position is wrong", MOVED),
+}
 
 
-def found(out):
-    """{(what, start, number of the pair): percent} of all results that are there."""
+def number(result, start, shown):
+    """A score in percent of a JSON of evidence.py, or None where it has none."""
+    if "score" in result:
+        value = float(re.search(r"[\d.]+", result["score"])[0])
+        return value if "AP" in result["score"] else 100 * value
+    if shown is not None:
+        return 100 * result["details"][start]["shown"][shown] if start in result["details"] else None
+    return 100 * result[start] if start in result else None
+
+
+def found(out, epochs):
+    """{(what, start, seed): percent} of all results of runs of so many epochs that are there."""
     values = {}
-    for path in sorted((out / "scores").glob("*.json")):
-        result = json.loads(path.read_text())
-        if match := re.fullmatch(r"(probe\d+|matches|retrieval_\w+?)_(moco|densecl)_s(\d+)(?:_e(\d+))?", path.stem):
-            what, start, first, seed = match.groups()
-            number = int(first if seed is None else seed)
-            values[what, start, number] = 100 * result["trained"]
-            if "random" in result:
-                values[what, "random", number] = 100 * result["random"]
-        elif match := re.fullmatch(r"(seg_\d+|det)_(random|moco|densecl)(?:_s\d+)?_e(\d+)", path.stem):
-            score = re.search(r"mIoU ([\d.]+)|bbox: AP ([\d.]+)", result["line"])
-            values[match[1], match[2], int(match[3])] = 100 * float(score[1]) if score[1] else float(score[2])
+    for what, (_, shown) in SCORES.items():
+        for path in (out / "scores").glob(f"{what.partition('.')[0]}_*.json"):
+            match = re.fullmatch(rf"_(?:({'|'.join(METHODS)}){epochs}|(random))_s(\d+)", path.stem[len(what.partition(".")[0]):])
+            if match:
+                result, start, seed = json.loads(path.read_text()), match[1] or match[2], int(match[3])
+                each = {start: number(result, "trained", shown)}
+                if "score" not in result:
+                    each["random"] = number(result, "random", shown)
+                values.update({(what, who, seed): value for who, value in each.items() if value is not None})
     return values
 
 
 def spread(numbers):
-    numbers = list(numbers)
     return "–" if not numbers else f"{mean(numbers):.1f}" + (f" ± {stdev(numbers):.1f}" if len(numbers) > 1 else "")
 
 
 def difference(values, what, a, b):
-    """The paired difference a − b, in bold where a paired t-test of 95 % says that it is more than noise."""
-    pairs = [values[what, a, n] - values[what, b, n] for n in range(100) if (what, a, n) in values and (what, b, n) in values]
+    """The difference a − b of each seed, in bold where a paired t-test of 95 % takes it for more than noise."""
+    seeds = sorted(seed for kind, start, seed in values if (kind, start) == (what, a) and (what, b, seed) in values)
+    pairs = [values[what, a, seed] - values[what, b, seed] for seed in seeds]
     if len(pairs) < 2:
         return f"{pairs[0]:+.1f}" if pairs else "–"
     text = f"{mean(pairs):+.1f} ± {stdev(pairs):.1f}"
-    return f"**{text}**" if abs(mean(pairs)) > T95[len(pairs)] * stdev(pairs) / len(pairs) ** 0.5 else text
+    return f"**{text}**" if abs(mean(pairs)) > T95[len(pairs) - 2] * stdev(pairs) / len(pairs) ** 0.5 else text
 
 
 def main_table(values):
-    names = {"probe234": "linear probe, stages 2–4, mIoU", "probe4": "linear probe, last stage, mIoU",
-             **{f"seg_{share}": f"FCN, {share} % of the labels, mIoU" for share in LABELS}, "det": "BCCD detection, box AP",
-             "retrieval_camvid": "same scene among 233 unseen frames",
-             "retrieval_photos": "same picture among 600 of the training set",
-             "matches": "dense matches within a cell of the truth"}
-    yield "| % | random | MoCo-v2 | DenseCL | MoCo-v2 − random | DenseCL − random | DenseCL − MoCo-v2 | n |"
+    yield "| % | random | MoCo-v2 | DenseCL | MoCo-v2 − random | DenseCL − random | DenseCL − MoCo-v2 | seeds |"
     yield "|---|---|---|---|---|---|---|---|"
-    for what, name in names.items():
-        each = {start: [value for (kind, who, _), value in values.items() if (kind, who) == (what, start)] for start in STARTS}
+    for what, (name, _) in SCORES.items():
+        each = {start: {seed: value for (kind, who, seed), value in values.items() if (kind, who) == (what, start)} for start in STARTS}
         if any(each.values()):
-            cells = [spread(each[start]) for start in STARTS]
+            cells = [spread(list(each[start].values())) for start in STARTS]
             cells += [difference(values, what, a, b) for a, b in (("moco", "random"), ("densecl", "random"), ("densecl", "moco"))]
-            yield f"| {name} | " + " | ".join(cells) + f" | {max(map(len, each.values()))} |"
+            counts = sorted({len(numbers) for numbers in each.values()})
+            yield f"| {name} | " + " | ".join(cells) + f" | {counts[-1] if len(counts) == 1 else f'{counts[0]}–{counts[-1]}'} |"
+
+
+TITLES = {"lambda_0": "λ 0 (MoCo-v2)", **{f"lambda_{share}": f"λ {share}" for share in (0.1, 0.3, 0.7, 0.9)},
+          "matching_embedding": "matching by dense embeddings", "matching_random": "random matching", "grid_1": "grid 1",
+          "grid_3": "grid 3", "queue_8192": "K 8192", "warmup_8_epochs": "λ 0 for the first 8 epochs",
+          "views_160": "views of 160 px (5×5 cells)", "views_160_lambda_0": "views of 160 px, λ 0"}
 
 
 def ablation_table(out):
-    yield "| | linear probe, stages 2–4 | last stage | matches |"
-    yield "|---|---|---|---|"
-    for name in ABLATIONS:
-        scores = {what: out / "scores" / f"{what}_short_{name}.json" for what in ("probe234", "probe4", "matches")}
-        if all(path.exists() for path in scores.values()):
-            results = {what: json.loads(path.read_text()) for what, path in scores.items()}
-            for start in (["random"] if name == "base" else []) + ["trained"]:
-                label = "random start" if start == "random" else name.replace("_", " ")
-                yield f"| {label} | " + " | ".join(f"{100 * results[what][start]:.1f}" for what in scores) + " |"
+    columns = ("probe234", "probe4", "matches_camvid", "matches_camvid.moved", "matches_photos", "matches_photos.moved")
+    yield "| | " + " | ".join(SCORES[what][0] for what in columns) + " |"
+    yield "|---|" + "---|" * len(columns)
+    base = f"densecl{SHORT}_s0"
+    rows = [("random start", base, "random"), ("λ 0.5, matching by the backbone, the map's own grid (4×4), K 2048", base, "trained"),
+            (TITLES["lambda_0"], f"moco{SHORT}_s0", "trained"), *((TITLES[name], name, "trained") for name in ABLATIONS)]
+    for title, run, start in rows:
+        cells = []
+        for what in columns:
+            path = out / "scores" / f"{what.partition('.')[0]}_{run}.json"
+            value = number(json.loads(path.read_text()), start, SCORES[what][1]) if path.exists() else None
+            cells.append("–" if value is None else f"{value:.1f}")
+        if set(cells) != {"–"}:
+            yield f"| {title} | " + " | ".join(cells) + " |"
 
 
-def curves(out, path):
-    """The share of matches within one cell of the truth over training time, from the logs of the pre-trainings."""
+def curves(out, epochs, path):
+    """The shares of dense matches that are right over training time, from the logs of the pre-trainings."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axis, colours = figure.subplots(), {"densecl": "tab:blue", "moco": "tab:orange"}
-    for log in sorted(out.glob("*_s*/train.log")):
-        points = {int(at): (float(share), float(chance)) for at, share, chance in re.findall(
-            r"correspondence at iteration (\d+)/\d+: ([\d.]+), chance ([\d.]+)", log.read_text())}
-        method, seed = log.parent.name.split("_s")
-        if points:
-            label = {"densecl": "DenseCL", "moco": "MoCo-v2"}[method] if seed == "0" else None
-            times = sorted(points)
-            axis.plot(times, [100 * points[at][0] for at in times], color=colours[method], marker=".", label=label)
-            axis.axhline(100 * points[0][0], color="grey", linestyle=":", label="random start" if label == "DenseCL" else None)
-            axis.axhline(100 * points[0][1], color="grey", linestyle="--", label="a random match" if label == "DenseCL" else None)
-    axis.set(xlabel="iteration", ylabel="dense matches within one cell of the truth, %", ylim=(0, None))
-    axis.grid(alpha=0.3)
-    axis.legend()
+    from ppdensecl.visual.curves import read_correspondence
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    everywhere, moved = figure.subplots(1, 2, sharex=True)
+    named = set()
+    for log in sorted(out.glob(f"*{epochs}_s*/train.log")):
+        points, method = read_correspondence(log), log.parent.name.partition(f"{epochs}_s")[0]
+        colour = {"densecl": "tab:blue", "moco": "tab:orange"}[method]
+        for axis, share in ((everywhere, "right"), (moved, "elsewhere")):
+            label = None if (axis, method) in named else NAMES[method]
+            named.add((axis, method))
+            axis.plot(points["iteration"], [100 * value for value in points[share]], ".-", color=colour, label=label)
+    if named:
+        everywhere.axhline(100 * points["own"][0], color="grey", linestyle="--", label="each cell its own position")
+        for axis in (everywhere, moved):
+            axis.axhline(100 * points["chance"][0], color="grey", linestyle=":", label="a random match")
+            axis.set(xlabel="iteration", ylabel="%", ylim=(0, None))
+            axis.grid(alpha=0.3)
+            axis.legend(fontsize=9)
+    everywhere.set_title("cells matched to within one cell of the truth", fontsize=10)
+    moved.set_title("the same, of cells whose own position is wrong", fontsize=10)
     figure.savefig(path, dpi=110)
 
 
 def main():
-    out = Path(sys.argv[1])
-    values = found(out)
-    for name, lines in (("main", main_table(values)), ("ablations", ablation_table(out))):
+    out, numbers = Path(sys.argv[1]), []
+    budgets = sorted({int(match[1]) for path in out.glob("*_s*/config.yaml") if (match := re.search(r"(\d+)_s\d+$", path.parent.name))})
+    tables = {"ablations": ablation_table(out)}
+    for epochs in budgets:
+        values = found(out, epochs)
+        tables[epochs] = main_table(values)
+        numbers += [{"epochs": epochs, "what": what, "start": start, "seed": seed, "percent": round(value, 3)}
+                    for (what, start, seed), value in sorted(values.items())]
+        curves(out, epochs, RESULTS / f"evidence_{epochs}.png")
+    for name, lines in tables.items():
         (RESULTS / f"evidence_{name}.md").write_text("\n".join(lines) + "\n")
         print((RESULTS / f"evidence_{name}.md").read_text())
-    numbers = [{"what": what, "start": start, "seed": seed, "percent": round(value, 3)}
-               for (what, start, seed), value in sorted(values.items())]
     (RESULTS / "evidence.json").write_text(json.dumps(numbers, indent=0) + "\n")
-    curves(out, RESULTS / "evidence.png")
 
 
 if __name__ == "__main__":

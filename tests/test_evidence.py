@@ -1,6 +1,7 @@
 """benchmarks/evidence.py and its tables: its commands against the tools' own parsers; what is run once; arithmetic of the tables."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import pytest
 from test_reproduce_paper import overrides, parsed
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("pretrain", "ablations", "probe", "few", "matches", "retrieval", "controls", "export", "seg", "det", "predict")
+PARTS = ("pretrain", "probe", "matches", "retrieval", "controls", "export", "seg", "det", "predict", "ablations", "probe_ablations")
+COUNTS = (4, 4, 4, 4, 3, 8, 18, 6, 1, 12, 24)
 
 
 @pytest.fixture(autouse=True)
@@ -21,8 +23,10 @@ def test_the_tools_take_every_row_and_one_rows_output_is_the_nexts_input(monkeyp
     import evidence
 
     written, names = set(), []
-    for part in PARTS:
-        for row in evidence.rows(part, tmp_path / "data", tmp_path / "out", [0, 1], [0, 1, 2]):
+    for part, count in zip(PARTS, COUNTS):
+        rows = evidence.rows(part, tmp_path / "data", tmp_path / "out", 16, [0, 1])
+        assert len(rows) == count, part
+        for row in rows:
             names.append(row.name)
             for command, result in zip(row.commands, row.results or row.commands):
                 assert (ROOT / command[0]).is_file()
@@ -33,19 +37,22 @@ def test_the_tools_take_every_row_and_one_rows_output_is_the_nexts_input(monkeyp
                 for option in ("checkpoint", "pretrained", "model_path"):
                     assert getattr(arguments, option, None) is None or getattr(arguments, option) in written, (row.name, option)
                 if tool == "train":
-                    assert (ROOT / arguments.config).is_file()
-                    written.add(f"{overrides(arguments)['output_dir']}/latest")
-                elif tool == "eval":
-                    assert arguments.out == result and f"{Path(arguments.config).parent}/latest" == arguments.checkpoint
+                    values = overrides(arguments)
+                    assert (ROOT / arguments.config).is_file() and f"_s{values['seed']}" in row.name or part == "ablations"
+                    written.add(f"{values['output_dir']}/epoch_{values['optim.epochs']}")
+                elif tool == "eval":  # the checkpoint of the last epoch: `latest` is there before the run is whole
+                    assert arguments.out == result and Path(arguments.config).parent == Path(arguments.checkpoint).parent
+                    assert ("lambda_0" in row.name or "moco" in row.name) <= arguments.no_random
                 elif tool == "export_finetune":
                     written.add(arguments.out)
                 elif tool == "finetune_seg" and arguments.mode == "train":
+                    assert f"_s{arguments.seed}" in row.name
                     written.add(f"{arguments.save_dir}/iter_300/model.pdparams")  # of the config, which the next one evaluates
                 elif tool == "finetune_seg" and arguments.mode == "predict":
                     written.add(arguments.save_dir)
                 elif tool == "finetune_det":
                     assert "random" in row.name or overrides(arguments)["pretrain_weights"] in written
-    assert len(names) == len(set(names)) == 4 + 11 + 4 + 22 + 4 + 4 + 3 + 8 + 27 + 9 + 1
+    assert len(names) == len(set(names))
     assert "iters: 300" in (ROOT / "configs/seg/fcn_r18_camvid_cpu.yml").read_text()
 
 
@@ -55,14 +62,16 @@ def test_a_row_runs_once_and_again_where_it_failed(tmp_path):
     for folder in ("logs", "scores"):
         (tmp_path / folder).mkdir()
     count = f"open({str(tmp_path / 'count')!r}, 'a').write('x')"
-    good = evidence.Row("good", [["-c", count], ["-c", "print('mIoU 0.25, so and so')"]])
+    good = evidence.Row("seg_good", [["-c", count], ["-c", "print('a: mIoU 0.25, pixel accuracy 0.5'); print('and more')"]])
     assert evidence.run(good, tmp_path) is None and evidence.run(good, tmp_path) is None
     assert (tmp_path / "count").read_text() == "x"
-    assert json.loads((tmp_path / "scores/good.json").read_text())["line"] == "mIoU 0.25, so and so"
-    bad = evidence.Row("bad", [["-c", "import sys; sys.exit(3)"], ["-c", count]])
-    for _ in range(2):
-        assert "bad ended with status 3" in evidence.run(bad, tmp_path)
-    assert (tmp_path / "count").read_text() == "x" and not (tmp_path / "scores/bad.json").exists()
+    assert json.loads((tmp_path / "scores/seg_good.json").read_text())["score"] == "mIoU 0.25, pixel accuracy"
+    for row, words in ((evidence.Row("bad", [["-c", "import sys; sys.exit(3)"], ["-c", count]]), "bad ended with status 3"),
+                       (evidence.Row("det_mute", [["-c", "print('nothing')"]]), "det_mute ended without a score")):
+        for _ in range(2):
+            assert words in evidence.run(row, tmp_path)
+        assert not (tmp_path / f"scores/{row.name}.json").exists()
+    assert (tmp_path / "count").read_text() == "x"
 
 
 def test_a_score_without_its_random_start_is_not_whole(tmp_path):
@@ -73,21 +82,45 @@ def test_a_score_without_its_random_start_is_not_whole(tmp_path):
     assert evidence._whole(tmp_path / "a.json", ["tools/eval.py", "--no-random"])
 
 
+def test_the_script_prints_what_can_be_pasted_and_stops_at_a_part_that_failed(data_folder, tmp_path):
+    def evidence(*arguments):
+        return subprocess.run([sys.executable, "benchmarks/evidence.py", data_folder, *arguments, "--out", tmp_path], cwd=ROOT,
+                              text=True, capture_output=True, timeout=60)
+
+    printed = evidence("seg", "--only", "seg_10_random_s0", "--print")
+    assert printed.returncode == 0 and printed.stdout.count("\n") == 3 and printed.stdout.startswith("# seg_10_random_s0\n")
+    assert len((tmp_path / "camvid_10.txt").read_text().splitlines()) == 37
+    assert len((tmp_path / "unlabelled.txt").read_text().splitlines()) == 1867
+    assert evidence("seg", "--only", "seg_10", "--print").returncode == 2
+    failed = evidence("export", "det", "--only", "export_seg_moco16_s0", "det_moco16_s0")  # there is no checkpoint to export
+    assert failed.returncode == 1 and "export_seg_moco16_s0 ended with status 1" in failed.stderr
+    assert not (tmp_path / "logs/det_moco16_s0.log").exists()
+
+
 def test_the_tables_pair_seeds_and_mark_what_is_more_than_noise(tmp_path):
     import evidence_tables
 
     scores = tmp_path / "scores"
     scores.mkdir()
+
+    def write(name, **result):
+        (scores / f"{name}.json").write_text(json.dumps(result))
+
     for seed, (random, moco, densecl) in enumerate(((10, 20, 26), (12, 21, 27.5), (11, 19, 25))):
-        (scores / f"seg_10_random_e{seed}.json").write_text(json.dumps({"line": f"x: mIoU {random / 100}, pixel accuracy 0.9"}))
-        (scores / f"seg_10_moco_s0_e{seed}.json").write_text(json.dumps({"line": f"x: mIoU {moco / 100}, pixel accuracy 0.9"}))
-        (scores / f"seg_10_densecl_s0_e{seed}.json").write_text(json.dumps({"line": f"x: mIoU {densecl / 100}, pixel"}))
-        (scores / f"probe4_moco_s0_e{seed}.json").write_text(json.dumps({"trained": [0.2, 0.3, 0.4][seed]}))
-        (scores / f"probe4_densecl_s0_e{seed}.json").write_text(json.dumps({"trained": 0.31, "random": 0.3}))
-    (scores / "det_random_e0.json").write_text(json.dumps({"line": "bbox: AP 43.10, AP50 76.00, AP75 44.00"}))
-    lines = list(evidence_tables.main_table(evidence_tables.found(tmp_path)))
+        write(f"seg_10_random_s{seed}", score=f"mIoU {random / 100}, pixel accuracy")
+        write(f"seg_10_moco16_s{seed}", score=f"mIoU {moco / 100}, pixel accuracy")
+        write(f"seg_10_densecl16_s{seed}", score=f"mIoU {densecl / 100}, pixel accuracy")
+        write(f"seg_10_densecl60_s{seed}", score="mIoU 0.99, pixel accuracy")  # of another budget
+        write(f"probe4_moco16_s{seed}", trained=[0.2, 0.3, 0.4][seed])
+        write(f"probe4_densecl16_s{seed}", trained=0.31, random=0.3)
+    write("det_random_s0", score="bbox: AP 43.10")
+    write("matches_camvid_densecl16_s0", trained=0.4, random=0.3, details={
+        start: {"shown": {evidence_tables.MOVED: share}} for start, share in (("trained", 0.25), ("random", 0.1))})
+    lines = list(evidence_tables.main_table(evidence_tables.found(tmp_path, 16)))
     row = next(line for line in lines if "10 %" in line).split(" | ")
     assert row[1:] == ["11.0 ± 1.0", "20.0 ± 1.0", "26.2 ± 1.3", "**+9.0 ± 1.0**", "**+15.2 ± 1.0**", "**+6.2 ± 0.3**", "3 |"]
     probe = next(line for line in lines if "last stage" in line)
     assert "30.0 ± 0.0 | 30.0 ± 10.0 | 31.0 ± 0.0 | +0.0 ± 10.0 |" in probe and "| +1.0 ± 10.0 |" in probe
     assert any(line.startswith("| BCCD detection, box AP | 43.1 | – | – | – ") for line in lines)
+    assert "| … where the own position is wrong | 10.0 | – | 25.0 | – | +15.0 | – | 0–1 |" in lines
+    assert "| random start | – | 30.0 | 30.0 | 10.0 | – | – |" in evidence_tables.ablation_table(tmp_path)

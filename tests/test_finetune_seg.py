@@ -54,6 +54,8 @@ def test_read_config_changes_what_is_asked(tmp_path):
     assert config.dic["train_dataset"]["train_path"] == "/pictures/train.txt" and config.iters == 7
     assert config.dic["val_dataset"]["val_path"] == "/pictures/test.txt" and config.dic["lr_scheduler"]["power"] == 1
     assert config.model_cfg["backbone"]["pretrained"] == "/b.pdparams"
+    config = seg.read_config(ROOT / CAMVID, "/pictures", opts=["train_dataset.train_path=/some/where/else.txt"])
+    assert config.dic["train_dataset"]["train_path"] == "/some/where/else.txt"
     (tmp_path / "a.yml").write_text("iters: [")
     for path in (tmp_path / "none.yml", tmp_path / "a.yml", ROOT / "README.md"):
         with pytest.raises(UserError, match=path.name):

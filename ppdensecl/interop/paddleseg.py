@@ -32,7 +32,7 @@ _REFUSALS = (AssertionError, AttributeError, ImportError, LookupError, OSError, 
 def read_config(path, dataset_root=None, pretrained=None, **options):
     """PaddleSeg's Config of a file, with another folder of pictures and other pretrained weights of the backbone.
 
-    The lists of a data set of type `Dataset` move with its folder. options: PaddleSeg's learning_rate, batch_size, iters,
+    The lists of a data set of type `Dataset` move with its folder, but for absolute paths. options: PaddleSeg's learning_rate, batch_size, iters,
     opts. Raises UserError.
     """
     try:
@@ -42,7 +42,7 @@ def read_config(path, dataset_root=None, pretrained=None, **options):
             before = section["dataset_root"]
             section["dataset_root"] = before if dataset_root is None else str(dataset_root)
             for key in ("train_path", "val_path"):
-                if key in section and dataset_root is not None:
+                if key in section and dataset_root is not None and not os.path.isabs(section[key]):
                     section[key] = os.path.join(dataset_root, os.path.relpath(section[key], before))
         if pretrained is not None:
             config.dic["model"]["backbone"]["pretrained"] = str(pretrained)
