@@ -149,7 +149,7 @@ def test_dense_beats_one_class_everywhere_and_shuffled_pixels_do_not(world, run_
     _, both = run_eval("dense", *options, "--stage", "1", "2", "--no-random")
     assert both["trained"] > found["trained"]  # the finer map shows where an object ends
     _, control = run_eval("dense", *options, "--shuffle-labels")
-    for scores in control["details"].values():  # 200,000 pixels: their shares are within a few tenths of a percent
+    for scores in control["details"].values():  # nothing was learned of places, and the test's labels were never seen
         assert abs(scores["accuracy"] - scores["by_chance"]) < 3e-3, control
     assert found["trained"] > found["details"]["trained"]["by_chance"] + 0.01
 

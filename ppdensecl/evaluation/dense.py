@@ -98,7 +98,7 @@ def _enlarged(x, size):
 
 def probe(maps, labels, test, truth, classes, size, lr, epochs, batch_size, seed):
     """Trains and scores: {"accuracy": mIoU, "by_chance", "per_class", "pixel_accuracy"}. by_chance is the mIoU to be expected if
-    the pixels that were found in a picture lay anywhere in it: what the control, whose labels do, must give.
+    the pixels that were found in a picture lay anywhere in it: what the control, whose training labels do, must give.
 
     maps: of each stage float32 [n, C, h, w], test: of each [m, C, h, w] (memory maps); labels, truth: `LabelMaps` of n and m;
     size (height, width).

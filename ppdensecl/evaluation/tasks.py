@@ -208,8 +208,8 @@ def dense_probe(options, config):
     """Mean IoU of a linear segmentation of one stage's map, or of the maps of several."""
     train, test = (labelled.open_segmentation(option, path, options.root) for option, path in (
         ("--train-list", options.train_list), ("--test-list", options.test_list)))
-    labels, truth = (dense.LabelMaps(pictures, config.seed + part if options.shuffle_labels else None)
-                     for part, pictures in enumerate((train, test)))
+    # Of the control the truth stays: a probe that was trained on it by mistake would be seen.
+    labels, truth = dense.LabelMaps(train, config.seed if options.shuffle_labels else None), dense.LabelMaps(test)
     classes, pixels = dense.count_classes(labels, options.classes)
     chance, size = dense.chance(pixels, truth), _size(options, config)
 
