@@ -33,6 +33,7 @@ ABLATIONS = {
     **{f"matching_{kind}": [f"model.matching={kind}"] for kind in ("embedding", "random")},
     **{f"grid_{side}": [f"model.num_grid={side}"] for side in (1, 3)},
     "queue_8192": ["model.queue_len=8192"],
+    "queue_8192_lambda_0": ["model.queue_len=8192", "model.loss_lambda=0"],
     "warmup_8_epochs": ["model.lambda_warmup_iters=464"],
     "views_160": ["data.image_size=160"],
     "views_160_lambda_0": ["data.image_size=160", "model.loss_lambda=0"],

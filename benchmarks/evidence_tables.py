@@ -78,7 +78,7 @@ def main_table(values):
 
 TITLES = {"lambda_0": "λ 0 (MoCo-v2)", **{f"lambda_{share}": f"λ {share}" for share in (0.1, 0.3, 0.7, 0.9)},
           "matching_embedding": "matching by dense embeddings", "matching_random": "random matching", "grid_1": "grid 1",
-          "grid_3": "grid 3", "queue_8192": "K 8192", "warmup_8_epochs": "λ 0 for the first 8 epochs",
+          "grid_3": "grid 3", "queue_8192": "K 8192", "queue_8192_lambda_0": "K 8192, λ 0", "warmup_8_epochs": "λ 0 for the first 8 epochs",
           "views_160": "views of 160 px (5×5 cells)", "views_160_lambda_0": "views of 160 px, λ 0"}
 
 

@@ -10,7 +10,7 @@ from test_reproduce_paper import overrides, parsed
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("pretrain", "probe", "matches", "retrieval", "controls", "export", "seg", "det", "predict", "ablations", "probe_ablations")
-COUNTS = (4, 4, 4, 4, 3, 8, 18, 6, 1, 12, 24)
+COUNTS = (4, 4, 4, 4, 3, 8, 18, 6, 1, 13, 26)
 
 
 @pytest.fixture(autouse=True)
