@@ -8,6 +8,7 @@ import pickle
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,6 +22,7 @@ from ppdensecl.data import labelled_scenes  # noqa: E402
 from ppdensecl.data.synthetic import CLASSES, SyntheticSource  # noqa: E402
 from ppdensecl.engine import checkpoint  # noqa: E402
 from ppdensecl.errors import UserError  # noqa: E402
+from ppdensecl.evaluation.voc07 import average_precision  # noqa: E402
 from ppdensecl.interop import finetune, paddledet as det, paddledet_backbone as paddledet, precise_bn  # noqa: E402
 from ppdensecl.interop.paddledet_components import IterationSteps  # noqa: E402
 from ppdensecl.interop.paddledet_config import read_config  # noqa: E402
@@ -228,8 +230,13 @@ def test_trains_evaluates_saves_and_resumes(run_tool, coco, backbone_file, tmp_p
     optimizer, second = paddle.load(str(folder / "model_final.pdopt")), paddle.load(str(folder / "model_final.pdparams"))
     assert optimizer["LR_Scheduler"]["last_epoch"] == 3 and optimizer["last_epoch"] == 2  # one more, of an epoch of two
     assert any((first[name] != second[name]).any() for name in first)
-    result = run_tool(*common, "eval", *options, f"weights={folder / 'model_final.pdparams'}")
+    result = run_tool(*common, "eval", *options, f"weights={folder / 'model_final.pdparams'}", "voc07=true")
     assert result.returncode == 0 and "bbox: AP " in result.stdout, written(result)
+    evaluated = next(item.partition("=")[2] for item in coco if "EvalDataset.dataset_dir" in item)
+    objects = json.loads((Path(evaluated) / "boxes.json").read_text())["annotations"]
+    each = average_precision(objects, json.loads((folder / "bbox.json").read_text()))
+    shown = re.search(r"bbox as VOC 2007 counts: AP ([\d.]+), AP50 ([\d.]+), AP75 ([\d.]+)", result.stdout).groups()
+    assert shown == tuple(f"{100 * ap:.2f}" for ap in (sum(each.values()) / 10, each[50], each[75])) and each[50] > 0
 
 
 @pytest.mark.slow

@@ -51,10 +51,10 @@ def main():
     results = det.train(config, arguments.resume) if arguments.mode == "train" else det.evaluate(config)
     if not parallel.is_main():  # one rank evaluates
         return
-    for kind in ("bbox", "mask"):
+    for kind, name in (("bbox", "bbox"), ("mask", "mask"), ("voc07", "bbox as VOC 2007 counts")):
         if kind in results:
             ap, ap50, ap75 = (100 * max(number, 0) for number in results[kind][:3])
-            print(f"{kind}: AP {ap:.2f}, AP50 {ap50:.2f}, AP75 {ap75:.2f}")
+            print(f"{name}: AP {ap:.2f}, AP50 {ap50:.2f}, AP75 {ap75:.2f}")
     if not results and (arguments.mode == "eval" or config.get("validate", True)):
         print("bbox: AP 0.00, nothing was found with a score that counts")
 

@@ -7,6 +7,7 @@ pretrained weights with proof, `paddledet_repairs.py` mends PaddleDetection 2.6.
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import os
 import random
@@ -22,6 +23,7 @@ from ppdet.engine.callbacks import Callback
 from ppdensecl import parallel
 from ppdensecl.engine import checkpoint
 from ppdensecl.errors import UserError
+from ppdensecl.evaluation import voc07
 from ppdensecl.interop import precise_bn
 from ppdensecl.interop.layouts import listed
 from ppdensecl.interop.paddledet_components import IterationSteps  # which registers the others too
@@ -37,7 +39,8 @@ def start_ranks():
 
 
 class Trainer(ppdet.engine.Trainer):
-    """PaddleDetection's, which also keeps the last evaluation: `results` {"bbox": 12 numbers of COCO, "mask": …}."""
+    """PaddleDetection's, which also keeps the last evaluation: `results` {"bbox": 12 numbers of COCO, "mask": …, and where the config
+    has voc07, "voc07": [AP, AP50, AP75] as `evaluation.voc07` counts them}."""
 
     results = {}
 
@@ -70,6 +73,11 @@ class Trainer(ppdet.engine.Trainer):
 
     def _reset_metrics(self):
         found = {kind: list(numbers) for metric in self._metrics for kind, numbers in metric.get_results().items()}
+        if found and self.cfg.get("voc07"):
+            (metric,) = self._metrics
+            with open(metric.anno_file, encoding="utf-8") as file:
+                each = voc07.average_precision(json.load(file)["annotations"], metric.results["bbox"])
+            found["voc07"] = [float(np.mean(list(each.values()))), each[50], each[75]]
         self.results = found or self.results
         super()._reset_metrics()
 

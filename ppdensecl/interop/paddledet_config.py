@@ -27,8 +27,8 @@ def read_config(path, overrides=()):
     """PaddleDetection's config of a file, with KEY=VALUE strings (values as in YAML) on top. Raises UserError.
 
     PaddleDetection has one config in a process. Keys of this project beside its own: `iterations` (to train, in place of
-    `epoch`), `total_batch_size` (over all GPUs), `precise_bn` (batches, see `precise_bn.py`) and `seed` (of weights, order and
-    crops; with worker_num above 0 the crops differ all the same).
+    `epoch`), `total_batch_size` (over all GPUs), `precise_bn` (batches, see `precise_bn.py`), `voc07` (also AP as VOC 2007
+    counts it) and `seed` (of weights, order and crops; with worker_num above 0 the crops differ all the same).
     """
     changes = {}
     try:
