@@ -107,18 +107,20 @@ def curves(out, epochs, path):
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     everywhere, moved = figure.subplots(1, 2, sharex=True)
-    named = set()
+    named, fixed = set(), []
     for log in sorted(out.glob(f"*{epochs}_s*/train.log")):
         points, method = read_correspondence(log), log.parent.name.partition(f"{epochs}_s")[0]
+        fixed += [(points["own"][0], points["chance"][0])] if points["iteration"] else []
         colour = {"densecl": "tab:blue", "moco": "tab:orange"}[method]
         for axis, share in ((everywhere, "right"), (moved, "elsewhere")):
             label = None if (axis, method) in named else NAMES[method]
             named.add((axis, method))
             axis.plot(points["iteration"], [100 * value for value in points[share]], ".-", color=colour, label=label)
-    if named:
-        everywhere.axhline(100 * points["own"][0], color="grey", linestyle="--", label="each cell its own position")
+    if fixed:  # each seed has other views; a line for their mean
+        own, chance = map(mean, zip(*fixed))
+        everywhere.axhline(100 * own, color="grey", linestyle="--", label="each cell its own position")
         for axis in (everywhere, moved):
-            axis.axhline(100 * points["chance"][0], color="grey", linestyle=":", label="a random match")
+            axis.axhline(100 * chance, color="grey", linestyle=":", label="a random match")
             axis.set(xlabel="iteration", ylabel="%", ylim=(0, None))
             axis.grid(alpha=0.3)
             axis.legend(fontsize=9)
@@ -133,6 +135,8 @@ def main():
     tables = {"ablations": ablation_table(out)}
     for epochs in budgets:
         values = found(out, epochs)
+        if not values:
+            continue
         tables[epochs] = main_table(values)
         numbers += [{"epochs": epochs, "what": what, "start": start, "seed": seed, "percent": round(value, 3)}
                     for (what, start, seed), value in sorted(values.items())]

@@ -162,6 +162,7 @@ def test_correspondence_is_right_for_true_matches_and_at_chance_for_constant_one
     assert constant.right < 0.5
     own = correspondence.matched_share(_padding, source, geometry, 0, 40)
     assert own.right == own.own > own.chance and own.elsewhere == 0  # sees no picture, and is better than chance
+    assert own.stayed == 1 > 5 * found.stayed
     shuffled = correspondence.matched_share(_Positions(), source, geometry, 0, 40, shuffle=True)
     assert abs(shuffled.right - shuffled.chance) < 0.03 and abs(shuffled.elsewhere - shuffled.chance) < 0.03
 

@@ -52,6 +52,7 @@ class Matched(NamedTuple):
     chance: float  # `right` of random matches
     own: float  # `right` of matching each cell to its own position
     elsewhere: float  # `right` of the cells alone whose own position is wrong: here padding does not help
+    stayed: float  # matched to their own position, be that right or wrong
 
 
 def matched_share(backbone, source, augmentation, seed, count, shuffle=False):
@@ -59,7 +60,7 @@ def matched_share(backbone, source, augmentation, seed, count, shuffle=False):
 
     With `shuffle`, the control, the key's cells change places after the matching: the first must be the second then.
     """
-    sums = np.zeros(6)
+    sums = np.zeros(7)
     for index, picture in spread(source, count, parallel.rank(), parallel.world_size()):
         _, matches, _, _ = matched_pair(backbone, picture, augmentation, seed, index)
         cells = np.arange(matches.size)
@@ -69,6 +70,8 @@ def matched_share(backbone, source, augmentation, seed, count, shuffle=False):
         right, own = (_errors(found, truth) <= 1 for found in (matches, cells))
         chance = np.mean([_errors(np.full(matches.size, cell), truth) <= 1 for cell in cells], axis=0)
         moved = truth[1] & ~own
-        sums += [right.sum(), chance.sum(), own.sum(), truth[1].sum(), (right & moved).sum(), moved.sum()]
-    right, chance, own, visible, elsewhere, moved = parallel.mean(sums.tolist())
-    return Matched(*(share / max(visible, 1e-12) for share in (right, chance, own)), elsewhere / max(moved, 1e-12))
+        sums += [right.sum(), chance.sum(), own.sum(), truth[1].sum(), (right & moved).sum(), moved.sum(),
+                 (truth[1] & (matches.ravel() == cells).reshape(truth[1].shape)).sum()]
+    right, chance, own, visible, elsewhere, moved, stayed = parallel.mean(sums.tolist())
+    return Matched(*(share / max(visible, 1e-12) for share in (right, chance, own)), elsewhere / max(moved, 1e-12),
+                   stayed / max(visible, 1e-12))

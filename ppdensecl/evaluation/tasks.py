@@ -131,7 +131,7 @@ def matching(options, config):
                                              options.shuffle_labels)
         return {"accuracy": found.right, "chance": found.chance,
                 "shown": {"each cell matched to its own position": found.own,
-                          "cells whose own position is wrong": found.elsewhere}}
+                          "cells whose own position is wrong": found.elsewhere, "cells that chose their own position": found.stayed}}
     return _alone, score
 
 
