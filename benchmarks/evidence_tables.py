@@ -13,7 +13,7 @@ from evidence import ABLATIONS, LABELS, METHODS, NAMES, SHORT
 from measure import RESULTS
 
 STARTS = ("random", *METHODS)
-T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # of Student's t, two-sided, for 2, 3, … pairs
+T95 = {3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # of Student's t, two-sided, by pairs
 MOVED, OWN = "cells whose own position is wrong", "each cell matched to its own position"  # as tools/eval.py calls them
 SCORES = {  # name of the row, and which number of the result
     "probe234": ("linear probe, stages 2–4, mIoU", None), "probe4": ("linear probe, last stage, mIoU", None),
@@ -61,7 +61,8 @@ def difference(values, what, a, b):
     if len(pairs) < 2:
         return f"{pairs[0]:+.1f}" if pairs else "–"
     text = f"{mean(pairs):+.1f} ± {stdev(pairs):.1f}"
-    return f"**{text}**" if abs(mean(pairs)) > T95[len(pairs) - 2] * stdev(pairs) / len(pairs) ** 0.5 else text
+    limit = T95.get(min(len(pairs), 10), float("inf")) * stdev(pairs) / len(pairs) ** 0.5
+    return f"**{text}**" if abs(mean(pairs)) > limit else text
 
 
 def main_table(values):
