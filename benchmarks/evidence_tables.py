@@ -14,7 +14,7 @@ from measure import RESULTS
 
 STARTS = ("random", *METHODS)
 T95 = {3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # of Student's t, two-sided, by pairs
-MOVED, OWN = "cells whose own position is wrong", "each cell matched to its own position"  # as tools/eval.py calls them
+MOVED = "cells whose own position is wrong"  # as tools/eval.py calls it
 SCORES = {  # name of the row, and which number of the result
     "probe234": ("linear probe, stages 2–4, mIoU", None), "probe4": ("linear probe, last stage, mIoU", None),
     **{f"seg_{share}": (f"FCN, {share} % of the labels, mIoU", None) for share in LABELS}, "det": ("BCCD detection, box AP", None),
