@@ -17,11 +17,14 @@ T95 = {3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26} 
 MOVED = "cells whose own position is wrong"  # as tools/eval.py calls it
 SCORES = {  # name of the row, and which number of the result
     "probe234": ("linear probe, stages 2–4, mIoU", None), "probe4": ("linear probe, last stage, mIoU", None),
-    **{f"seg_{share}": (f"FCN, {share} % of the labels, mIoU", None) for share in LABELS}, "det": ("BCCD detection, box AP", None),
+    **{f"seg_{share}": (f"FCN, {share} % of the labels, mIoU", None) for share in LABELS},
+    "det": ("BCCD detection, box AP", None),
     "retrieval_scenes": ("same scene, unseen frames", None), "retrieval_frames": ("same frame, unseen frames", None),
     "retrieval_photos": ("same picture, training pictures", None),
-    "matches_camvid": ("dense matches, unseen frames", None), "matches_camvid.moved": ("… where the own position is wrong", MOVED),
-    "matches_photos": ("dense matches, training pictures", None), "matches_photos.moved": ("… where the own position is wrong", MOVED),
+    "matches_camvid": ("dense matches, unseen frames", None),
+    "matches_camvid.moved": ("… where the own position is wrong", MOVED),
+    "matches_photos": ("dense matches, training pictures", None),
+    "matches_photos.moved": ("… where the own position is wrong", MOVED),
 }
 
 
@@ -69,7 +72,8 @@ def main_table(values):
     yield "| % | random | MoCo-v2 | DenseCL | MoCo-v2 − random | DenseCL − random | DenseCL − MoCo-v2 | seeds |"
     yield "|---|---|---|---|---|---|---|---|"
     for what, (name, _) in SCORES.items():
-        each = {start: {seed: value for (kind, who, seed), value in values.items() if (kind, who) == (what, start)} for start in STARTS}
+        each = {start: {seed: value for (kind, who, seed), value in values.items() if (kind, who) == (what, start)}
+                for start in STARTS}
         if any(each.values()):
             cells = [spread(list(each[start].values())) for start in STARTS]
             cells += [difference(values, what, a, b) for a, b in (("moco", "random"), ("densecl", "random"), ("densecl", "moco"))]
@@ -79,8 +83,9 @@ def main_table(values):
 
 TITLES = {"lambda_0": "λ 0 (MoCo-v2)", **{f"lambda_{share}": f"λ {share}" for share in (0.1, 0.3, 0.7, 0.9)},
           "matching_embedding": "matching by dense embeddings", "matching_random": "random matching", "grid_1": "grid 1",
-          "grid_3": "grid 3", "queue_8192": "K 8192", "queue_8192_lambda_0": "K 8192, λ 0", "warmup_8_epochs": "λ 0 for the first 8 epochs",
-          "views_160": "views of 160 px (5×5 cells)", "views_160_lambda_0": "views of 160 px, λ 0"}
+          "grid_3": "grid 3", "queue_8192": "K 8192", "queue_8192_lambda_0": "K 8192, λ 0",
+          "warmup_8_epochs": "λ 0 for the first 8 epochs", "views_160": "views of 160 px (5×5 cells)",
+          "views_160_lambda_0": "views of 160 px, λ 0"}
 
 
 def ablation_table(out):
@@ -88,7 +93,8 @@ def ablation_table(out):
     yield "| | " + " | ".join(SCORES[what][0] for what in columns) + " |"
     yield "|---|" + "---|" * len(columns)
     base = f"densecl{SHORT}_s0"
-    rows = [("random start", base, "random"), ("λ 0.5, matching by the backbone, the map's own grid (4×4), K 2048", base, "trained"),
+    rows = [("random start", base, "random"),
+            ("λ 0.5, matching by the backbone, the map's own grid (4×4), K 2048", base, "trained"),
             (TITLES["lambda_0"], f"moco{SHORT}_s0", "trained"), *((TITLES[name], name, "trained") for name in ABLATIONS)]
     for title, run, start in rows:
         cells = []
@@ -132,7 +138,8 @@ def curves(out, epochs, path):
 
 def main():
     out, numbers = Path(sys.argv[1]), []
-    budgets = sorted({int(match[1]) for path in out.glob("*_s*/config.yaml") if (match := re.search(r"(\d+)_s\d+$", path.parent.name))})
+    budgets = sorted({int(match[1]) for path in out.glob("*_s*/config.yaml")
+                      if (match := re.search(r"(\d+)_s\d+$", path.parent.name))})
     tables = {"ablations": ablation_table(out)}
     for epochs in budgets:
         values = found(out, epochs)

@@ -13,7 +13,6 @@ from ppdensecl.models.densecl import normalise, normalised_rows
 from ppdensecl.models.matching import match
 
 
-@paddle.no_grad()
 def matched_pair(backbone, picture, augmentation, seed, index):
     """One picture's two views and their correspondence.
 
@@ -21,14 +20,21 @@ def matched_pair(backbone, picture, augmentation, seed, index):
     [S_h, S_w], the distance of that cell from the true place in cells (the greater of rows and columns), NaN where the key
     view does not show it; similarity float32 [S_h, S_w] of the match.
     """
+    views, matches, truth, similarity = _match_views(backbone, picture, augmentation, seed, index)
+    return views, matches, _errors(matches, truth), similarity
+
+
+@paddle.no_grad()
+def _match_views(backbone, picture, augmentation, seed, index):
+    """As `matched_pair`, with what `grid_correspondence` returns in the place of the error."""
     params = draw_views(augmentation, *picture.shape[:2], seed, 0, index)
     views = np.stack([augmentation.apply(picture, p) for p in params])
     maps = backbone(normalise(paddle.to_tensor(views)))  # [2, C, S_h, S_w]
     grid = tuple(maps.shape[2:])
     rows = normalised_rows(maps)
-    index = match(rows[:1], rows[1:]).numpy()[0]
-    similarity = (rows[0].numpy() * rows[1].numpy()[index]).sum(1)
-    return views, index.reshape(grid), _errors(index, grid_correspondence(*params, grid)), similarity.reshape(grid)
+    matches = match(rows[:1], rows[1:]).numpy()[0]
+    similarity = (rows[0].numpy() * rows[1].numpy()[matches]).sum(1)
+    return views, matches.reshape(grid), grid_correspondence(*params, grid), similarity.reshape(grid)
 
 
 def _errors(index, truth):
@@ -62,11 +68,10 @@ def matched_share(backbone, source, augmentation, seed, count, shuffle=False):
     """
     sums = np.zeros(7)
     for index, picture in spread(source, count, parallel.rank(), parallel.world_size()):
-        _, matches, _, _ = matched_pair(backbone, picture, augmentation, seed, index)
+        _, matches, truth, _ = _match_views(backbone, picture, augmentation, seed, index)
         cells = np.arange(matches.size)
         if shuffle:
             matches = np.random.default_rng([seed, 7, index]).permutation(cells)[matches]
-        truth = grid_correspondence(*draw_views(augmentation, *picture.shape[:2], seed, 0, index), matches.shape)
         right, own = (_errors(found, truth) <= 1 for found in (matches, cells))
         chance = np.mean([_errors(np.full(matches.size, cell), truth) <= 1 for cell in cells], axis=0)
         moved = truth[1] & ~own

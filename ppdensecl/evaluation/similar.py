@@ -43,11 +43,9 @@ def build(folder, pictures, backbone, size, stage=None):
         files = [features.extract(backbone, found, size, folder, stage, pooling, features.whole)[0].filename
                  for pooling in ("mean", "map")]
         checkpoint.write_arrays(Path(folder) / WEIGHTS, {name: value.numpy() for name, value in backbone.state_dict().items()})
-        temporary = Path(folder) / f".{DESCRIPTION}.tmp{os.getpid()}"
-        temporary.write_text(json.dumps({
+        checkpoint.write_text(Path(folder) / DESCRIPTION, json.dumps({
             "root": str(found.root), "size": list(size), "stage": stage, "files": [Path(file).name for file in files],
             "fingerprint": found.fingerprint(), "pictures": [os.fsdecode(found.names[i]) for i in range(len(found))]}, indent=0))
-        os.replace(temporary, Path(folder) / DESCRIPTION)
         for old in Path(folder).glob("*.npy"):  # of an earlier index
             if str(old) not in map(str, files):
                 old.unlink()
