@@ -154,6 +154,18 @@ def test_dense_beats_one_class_everywhere_and_shuffled_pixels_do_not(world, run_
     assert found["trained"] > found["details"]["trained"]["by_chance"] + 0.01
 
 
+def test_of_the_dense_control_neither_place_nor_share_belongs_to_the_picture(world):
+    """How much of each class a picture has says what its cells show: a probe with such labels scores above chance."""
+    pictures = labelled.open_segmentation("--train-list", world / "dense_train.txt")
+    true, control = ([np.asarray(maps[i]) for i in range(len(pictures))] for maps in (
+        dense.LabelMaps(pictures), dense.LabelMaps(pictures, 0)))
+    counts, shuffled = ([tuple(np.bincount(labels.ravel(), minlength=256)) for labels in maps] for maps in (true, control))
+    assert sorted(counts) == sorted(shuffled) and len(set(counts)) > 4
+    assert sum(a == b for a, b in zip(counts, shuffled)) < len(counts) / 2
+    for labels in control:  # a place has its neighbour's class no more often than any other's
+        assert abs((labels[1:] == labels[:-1]).mean() - ((np.bincount(labels.ravel()) / labels.size) ** 2).sum()) < 0.05
+
+
 def test_the_maps_of_several_stages_score_as_their_stack_does():
     rng = np.random.default_rng(0)
     maps = [rng.normal(3, 2, (2, width, *size)).astype(np.float32) for width, size in ((5, (8, 10)), (7, (4, 5)))]

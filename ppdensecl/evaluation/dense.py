@@ -1,9 +1,9 @@
 """A linear segmentation probe: one 1×1 convolution on a frozen feature map, bilinearly enlarged.
 
 Of several stages each map has its convolution, and their enlarged results are added: the same as one convolution on all maps,
-enlarged and laid upon each other, without that stack in memory. The features are brought to mean 0 and deviation 1 by channel first (over the training maps): still linear, and the same rate
-fits all stages and backbones. SGD with momentum 0.9, cross entropy at the size of the view, the rate falling by (1 − t)^0.9.
-The test is at the full size of the labels.
+enlarged and laid upon each other, without that stack in memory. The features are brought to mean 0 and deviation 1 by channel
+first (over the training maps): still linear, and the same rate fits all stages and backbones. SGD with momentum 0.9, cross
+entropy at the size of the view, the rate falling by (1 − t)^0.9. The test is at the full size of the labels.
 """
 
 import os
@@ -26,12 +26,15 @@ class LabelMaps:
 
     def __init__(self, pictures, shuffle_seed=None):
         self.pictures, self.shuffle_seed = pictures, shuffle_seed
+        self.order = np.arange(len(pictures))
+        if shuffle_seed is not None:
+            self.order = np.random.default_rng([shuffle_seed, 5]).permutation(self.order)
 
     def __len__(self):
         return len(self.pictures)
 
     def __getitem__(self, i):
-        path = os.path.join(self.pictures.root, self.pictures.labels[i])
+        path = os.path.join(self.pictures.root, self.pictures.labels[self.order[i]])
         try:
             with Image.open(path) as picture:
                 mode, labels = picture.mode, np.array(picture)
@@ -40,7 +43,9 @@ class LabelMaps:
         if labels.dtype != np.uint8 or labels.ndim != 2:
             raise UserError(f"{path}: is a picture of mode {mode}; a label map has one channel of 8 bits (or a palette) that "
                             "holds the class, 255 for what is ignored")
-        if self.shuffle_seed is not None:  # the control: as many pixels of each class, anywhere
+        # The control. Each picture has the labels of another one, for what a picture shows can be learned from how much of each
+        # class it has; and their pixels change places, for all pictures of a street have the road below.
+        if self.shuffle_seed is not None:
             labels = np.random.default_rng([self.shuffle_seed, 6, i]).permutation(labels.ravel()).reshape(labels.shape)
         return labels
 
@@ -98,7 +103,7 @@ def _enlarged(x, size):
 
 def probe(maps, labels, test, truth, classes, size, lr, epochs, batch_size, seed):
     """Trains and scores: {"accuracy": mIoU, "by_chance", "per_class", "pixel_accuracy"}. by_chance is the mIoU to be expected if
-    the pixels that were found in a picture lay anywhere in it: what the control, whose training labels do, must give.
+    the pixels that were found in a picture lay anywhere in it: what the control must give.
 
     maps: of each stage float32 [n, C, h, w], test: of each [m, C, h, w] (memory maps); labels, truth: `LabelMaps` of n and m;
     size (height, width).
