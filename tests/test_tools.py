@@ -167,6 +167,25 @@ def test_correspondence_is_right_for_true_matches_and_at_chance_for_constant_one
     assert abs(shuffled.right - shuffled.chance) < 0.03 and abs(shuffled.elsewhere - shuffled.chance) < 0.03
 
 
+def test_a_network_that_saw_no_picture_is_matched_with_statistics_of_the_pictures():
+    """Else its matches are those of the zero padding, which training never has."""
+    source, geometry = SyntheticSource(40), Augmentation(size=(112, 112))
+    start = features.random_backbone(18)
+    copy = correspondence.normalising(start, source, geometry, 0)
+    assert (start.bn1._mean == 0).all() and (start.bn1._variance == 1).all()  # training goes on with it
+    assert (copy.conv1.weight == start.conv1.weight).all() and (copy.layer4[1].bn2._mean != 0).all() and not copy.training
+    assert correspondence.normalising(copy, source, geometry, 0) is copy  # as any that has been trained
+    cells = np.arange(16)
+
+    def stayed(backbone):  # of all pairs of views, cells that are matched to their own position
+        return np.mean([correspondence.matched_pair(backbone, source.picture(i), geometry, 0, i)[1].ravel() == cells
+                        for i in range(10)])
+
+    assert stayed(start) > 0.9 > 0.85 > stayed(copy)
+    found = correspondence.matched_share(start, source, geometry, 0, 10)
+    assert found == correspondence.matched_share(copy, source, geometry, 0, 10)
+
+
 def test_a_backbone_loads_from_a_checkpoint_and_from_an_extracted_one(run_folder, run_tool, tmp_path):
     a = features.load_backbone(run_folder / "latest")
     assert a.depth == 18 and not a.training

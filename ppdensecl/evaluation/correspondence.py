@@ -1,5 +1,6 @@
 """Does dense matching find the right place? The crops and flips of two views are known, and so is the truth."""
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -8,9 +9,11 @@ import paddle
 from ppdensecl import parallel
 from ppdensecl.data.sources import spread
 from ppdensecl.data.transforms import Augmentation
-from ppdensecl.data.views import draw_views, grid_correspondence
+from ppdensecl.data.views import draw_views, grid_correspondence, two_views
+from ppdensecl.interop import precise_bn
 from ppdensecl.models.densecl import normalise, normalised_rows
 from ppdensecl.models.matching import match
+from ppdensecl.models.resnet import ResNet
 
 
 def matched_pair(backbone, picture, augmentation, seed, index):
@@ -50,6 +53,24 @@ def larger_views(size):
     return Augmentation(size=tuple(2 * side for side in size))
 
 
+def normalising(backbone, source, augmentation, seed):
+    """The backbone itself; if it has not seen a picture yet, a copy with BatchNorm statistics of these pictures' views.
+
+    With the statistics it is born with (mean 0, variance 1) a BatchNorm passes everything on, zero padding outweighs what a cell
+    shows, and nearly every cell is matched to its own position. Training never has that network: it normalises each batch.
+    """
+    first = getattr(backbone, "bn1", None)
+    if first is None or bool((first._mean != 0).any()) or bool((first._variance != 1).any()):
+        return backbone
+    copy = ResNet(backbone.depth, stages=len(backbone.feat_channels))
+    copy.set_state_dict(backbone.state_dict())
+    copy.eval()
+    pairs = (two_views(picture, augmentation, seed, 0, index) for index, picture in spread(source, 64))
+    batches = iter(lambda: list(itertools.islice(pairs, 8)), [])
+    precise_bn.estimate(copy, (normalise(paddle.to_tensor(np.concatenate(batch))) for batch in batches))
+    return copy
+
+
 class Matched(NamedTuple):
     """Shares of query cells, of those that the key view shows. A cell's "own position" is the key cell of the same row and
     column: it is often right, for two crops of a picture are alike, and zero padding tells it to a network that knows nothing."""
@@ -62,11 +83,11 @@ class Matched(NamedTuple):
 
 
 def matched_share(backbone, source, augmentation, seed, count, shuffle=False):
-    """`Matched` of about `count` pictures of the source spread evenly, which all ranks share.
+    """`Matched` of about `count` pictures of the source spread evenly, which all ranks share; see `normalising`.
 
     With `shuffle`, the control, the key's cells change places after the matching: the first must be the second then.
     """
-    sums = np.zeros(7)
+    backbone, sums = normalising(backbone, source, augmentation, seed), np.zeros(7)
     for index, picture in spread(source, count, parallel.rank(), parallel.world_size()):
         _, matches, truth, _ = _match_views(backbone, picture, augmentation, seed, index)
         cells = np.arange(matches.size)
