@@ -115,8 +115,10 @@ def curves(out, epochs, path):
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     everywhere, moved = figure.subplots(1, 2, sharex=True)
     named, fixed = set(), []
-    for log in sorted(out.glob(f"*{epochs}_s*/train.log")):
-        points, method = read_correspondence(log), log.parent.name.partition(f"{epochs}_s")[0]
+    logs = ((method, log) for method in METHODS for log in sorted(out.glob(f"{method}{epochs}_s*/train.log"))
+            if (log.parent / f"epoch_{epochs}.pdstates").exists())  # whole runs
+    for method, log in logs:
+        points = read_correspondence(log)
         fixed += [(points["own"][0], points["chance"][0])] if points["iteration"] else []
         colour = {"densecl": "tab:blue", "moco": "tab:orange"}[method]
         for axis, share in ((everywhere, "right"), (moved, "elsewhere")):

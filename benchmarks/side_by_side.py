@@ -6,6 +6,7 @@ pixels that are right, of those that have a label. The pictures are spread evenl
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,9 @@ def main():
     parser.add_argument("--out", required=True)
     parser.add_argument("masks", nargs="+", metavar="NAME=DIR")
     arguments = parser.parse_args()
-    lines = arguments.list.read_text().splitlines()
+    lines, names = arguments.list.read_text().splitlines(), arguments.classes.read_text().splitlines()
+    if len(names) > 11:
+        sys.exit(f"error: {arguments.classes}: has {len(names)} classes; there are colours for CamVid's 11")
     chosen = [lines[i].split() for i in np.linspace(0, len(lines) - 1, arguments.count).astype(int)]
     networks = [text.partition("=")[::2] for text in arguments.masks]
     columns = 2 + len(networks)
@@ -36,13 +39,15 @@ def main():
         truth = np.array(Image.open(arguments.list.parent / label))
         shown = [("picture", np.array(Image.open(arguments.list.parent / picture))), ("label (black: none)", PALETTE[truth])]
         for name, folder in networks:
-            mask = np.array(Image.open(Path(folder) / f"{Path(picture).stem}.png"))
+            path = Path(folder) / f"{Path(picture).stem}.png"
+            if not path.exists():
+                sys.exit(f"error: {path}: there is no such mask; write it with tools/finetune_seg.py predict")
+            mask = np.array(Image.open(path))
             shown.append((f"{name}: {100 * (mask == truth)[truth != 255].mean():.0f} % right", PALETTE[mask]))
         for axis, (title, image) in zip(row, shown):
             axis.imshow(image, interpolation="nearest")
             axis.set_title(title, fontsize=9)
             axis.axis("off")
-    names = arguments.classes.read_text().split()
     figure.legend(handles=[Patch(color=PALETTE[i] / 255, label=name) for i, name in enumerate(names)], loc="outside lower center",
                   ncols=len(names), fontsize=8, handlelength=1, columnspacing=1)
     figure.savefig(arguments.out, dpi=90)

@@ -5,7 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from test_reproduce_paper import overrides, parsed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,6 +40,7 @@ def test_the_tools_take_every_row_and_one_rows_output_is_the_nexts_input(monkeyp
                     assert getattr(arguments, option, None) is None or getattr(arguments, option) in written, (row.name, option)
                 if tool == "train":
                     values = overrides(arguments)
+                    assert (values.get("model.loss_lambda") == 0) == ("moco" in row.name or row.name.endswith("lambda_0"))
                     assert (ROOT / arguments.config).is_file() and f"_s{values['seed']}" in row.name or part == "ablations"
                     written.add(f"{values['output_dir']}/epoch_{values['optim.epochs']}")
                 elif tool == "eval":  # the checkpoint of the last epoch: `latest` is there before the run is whole
@@ -46,12 +49,17 @@ def test_the_tools_take_every_row_and_one_rows_output_is_the_nexts_input(monkeyp
                 elif tool == "export_finetune":
                     written.add(arguments.out)
                 elif tool == "finetune_seg" and arguments.mode == "train":
-                    assert f"_s{arguments.seed}" in row.name
+                    start, share = row.name.split("_", 2)[2], row.name.split("_")[1]
+                    assert f"_s{arguments.seed}" in start and f"camvid_{share}.txt" in str(arguments.opts)
+                    assert arguments.pretrained == (None if "random" in start else str(tmp_path / f"out/{start}/seg.pdparams"))
                     written.add(f"{arguments.save_dir}/iter_300/model.pdparams")  # of the config, which the next one evaluates
                 elif tool == "finetune_seg" and arguments.mode == "predict":
                     written.add(arguments.save_dir)
                 elif tool == "finetune_det":
-                    assert "random" in row.name or overrides(arguments)["pretrain_weights"] in written
+                    start, values = row.name.partition("_")[2], overrides(arguments)
+                    assert start.endswith(f"_s{values['seed']}") and values.get("pretrain_weights") in (*written, None)
+                    assert values.get("pretrain_weights") == (
+                        None if "random" in start else str(tmp_path / f"out/{start}/det.pdparams"))
     assert len(names) == len(set(names))
     assert "iters: 300" in (ROOT / "configs/seg/fcn_r18_camvid_cpu.yml").read_text()
 
@@ -90,11 +98,39 @@ def test_the_script_prints_what_can_be_pasted_and_stops_at_a_part_that_failed(da
     printed = evidence("seg", "--only", "seg_10_random_s0", "--print")
     assert printed.returncode == 0 and printed.stdout.count("\n") == 3 and printed.stdout.startswith("# seg_10_random_s0\n")
     assert len((tmp_path / "camvid_10.txt").read_text().splitlines()) == 37
-    assert len((tmp_path / "unlabelled.txt").read_text().splitlines()) == 1867
+    shown = {name: set((tmp_path / f"{name}.txt").read_text().splitlines())
+             for name in ("unlabelled", "unseen", "scenes_bank", "scenes_query")}
+    assert [len(lines) for lines in shown.values()] == [1867, 233, 117, 116]
+    assert not shown["unlabelled"] & shown["unseen"] and not shown["scenes_bank"] & shown["scenes_query"]
+    assert {f"camvid/{line.split()[0]}" for name in ("scenes_bank", "scenes_query") for line in shown[name]} == shown["unseen"]
     assert evidence("seg", "--only", "seg_10", "--print").returncode == 2
     failed = evidence("export", "det", "--only", "export_seg_moco16_s0", "det_moco16_s0")  # there is no checkpoint to export
     assert failed.returncode == 1 and "export_seg_moco16_s0 ended with status 1" in failed.stderr
     assert not (tmp_path / "logs/det_moco16_s0.log").exists()
+
+
+def test_masks_stand_side_by_side_with_their_share_of_right_pixels(tmp_path):
+    def draw(*masks):
+        return subprocess.run([sys.executable, "benchmarks/side_by_side.py", "--list", tmp_path / "list.txt", "--classes",
+                               tmp_path / "classes.txt", "--count", "2", "--out", tmp_path / "out.svg", *masks], cwd=ROOT, text=True,
+                              capture_output=True, timeout=60)
+
+    truth = np.zeros((8, 10), np.uint8)
+    truth[:4], truth[7] = 1, 255
+    half = np.ones_like(truth)
+    for folder, content in (("labels", truth), ("good", truth), ("half", half)):
+        (tmp_path / folder).mkdir()
+        for name in "ab":
+            Image.fromarray(content).save(tmp_path / folder / f"{name}.png")
+    (tmp_path / "list.txt").write_text("labels/a.png labels/a.png\nlabels/b.png labels/b.png\n")
+    (tmp_path / "classes.txt").write_text("the road\ntraffic light\n")
+    assert draw(f"good={tmp_path / 'good'}", f"half={tmp_path / 'half'}").returncode == 0
+    text = (tmp_path / "out.svg").read_text()
+    for words, count in (("good: 100 % right", 2), ("half: 57 % right", 2), ("traffic light", 1)):  # 4 of 7 rows
+        assert text.count(f"<!-- {words} -->") == count
+    (tmp_path / "half/b.png").unlink()
+    missing = draw(f"half={tmp_path / 'half'}")
+    assert missing.returncode == 1 and missing.stderr.startswith(f"error: {tmp_path / 'half/b.png'}: there is no such mask")
 
 
 def test_the_tables_pair_seeds_and_mark_what_is_more_than_noise(tmp_path):

@@ -5,6 +5,7 @@ Importing this registers what the configs need, see `paddleseg_components.py`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -132,26 +133,58 @@ def evaluate(config, model_path, **options):
 
 def predict(config, model_path, pictures, save_dir, **options):
     """Writes the class of each pixel of `pictures` (a picture, a folder, or a list in a .txt) as SAVE_DIR/NAME.png, with
-    PaddleSeg's colours as palette; a folder's names keep their place in it. Returns how many. options: as of `evaluate`."""
+    PaddleSeg's colours as palette; see `_mask_files`. Returns how many. options: as of `evaluate`. Raises UserError."""
     source = open_pictures(pictures, "--image_path")
-    root = os.path.dirname(pictures) if os.path.isfile(pictures) else pictures
+    files = _mask_files([source.name(i) for i in range(len(source))], pictures, Path(save_dir))
     builder = SegBuilder(config)
     transforms, model = Compose(_built(builder, "val_transforms")), whole_model(builder, model_path)
     colours = visualize.get_color_map_list(256)
     sliding = {name: value for name, value in {**config.test_config, **options}.items()
                if name in ("is_slide", "stride", "crop_size")}
-    for i in range(len(source)):
-        name = Path(os.path.relpath(source.name(i), root))
+    for i, file in enumerate(files):
         try:
             seen = transforms({"img": source.picture(i)[:, :, ::-1].astype(np.float32)})  # which takes BGR
-        except UndecodableError as error:
-            raise UserError(str(error)) from None
-        with paddle.no_grad():
-            found, _ = paddleseg.core.infer.inference(model, paddle.to_tensor(seen["img"][None]), seen["trans_info"], **sliding)
-        path = Path(save_dir) / name.with_suffix(".png")
-        checkpoint.make_folder(path.parent)
-        visualize.get_pseudo_color_map(found.numpy()[0, 0], colours).save(path)
-    return len(source)
+            with paddle.no_grad():
+                found, _ = paddleseg.core.infer.inference(model, paddle.to_tensor(seen["img"][None]), seen["trans_info"], **sliding)
+            _save(visualize.get_pseudo_color_map(found.numpy()[0, 0], colours), file)
+        except (UndecodableError, UserError) as error:
+            raise UserError(f"{error}; {i} of {len(files)} masks were written to {save_dir}") from None
+    return len(files)
+
+
+def _mask_files(names, pictures, save_dir):
+    """The file of each picture's mask. The names keep their place below the folder of `pictures`; those of a list, if some lie
+    elsewhere, below the folder that they share. So no mask is written outside `save_dir`.
+
+    Raises UserError where one would replace a picture, or another mask.
+    """
+    root = pictures if os.path.isdir(pictures) else os.path.dirname(os.path.abspath(pictures))
+    if any(os.path.relpath(name, root).startswith(os.pardir + os.sep) for name in names):
+        root = os.path.commonpath([os.path.dirname(os.path.abspath(name)) for name in names])
+    read = {(status.st_dev, status.st_ino): name for name in names if os.path.exists(name) for status in [os.stat(name)]}
+    owners = {}
+    for name in names:
+        file = save_dir / Path(os.path.relpath(name, root)).with_suffix(".png")
+        if file.exists() and (file.stat().st_dev, file.stat().st_ino) in read:
+            raise UserError(f"--save_dir {save_dir}: the mask of {name} would replace the picture {file}; give another folder")
+        if file in owners:
+            raise UserError(f"--image_path: {owners[file]} and {name} would have the same mask, {file}; rename one of them, or "
+                            "predict them one after the other into two folders")
+        owners[file] = name
+    return list(owners)
+
+
+def _save(mask, file):
+    checkpoint.make_folder(file.parent)
+    temporary = file.with_name(f".tmp{os.getpid()}.png")
+    try:
+        mask.save(temporary)
+        os.replace(temporary, file)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written ({error.strerror or error})") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def make_precise(config, model_path, save_dir, batches=precise_bn.BATCHES, num_workers=2):
