@@ -169,6 +169,66 @@ def test_train_resume_eval_export(small_config, tmp_path, run_tool):
     same_masks(small_config, model_path, tmp_path / "deploy")
 
 
+@pytest.fixture(scope="module")
+def small_model(small_config, tmp_path_factory):
+    """A whole model of random weights."""
+    path = tmp_path_factory.mktemp("model") / "model.pdparams"
+    model = SegBuilder(seg.read_config(small_config)).model
+    checkpoint.write_arrays(path, {name: value.numpy() for name, value in model.state_dict().items()})
+    return path
+
+
+def pictures_in(folder, *names):
+    for n, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(n).integers(0, 256, (24, 32, 3), np.uint8)).save(folder / name)
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_masks_of_a_list_stay_below_the_folder(small_config, small_model, tmp_path):
+    before = pictures_in(tmp_path / "pics", "a.png", "deep/b.jpg")
+    (tmp_path / "lists").mkdir()
+    path, config = tmp_path / "lists/a.txt", seg.read_config(small_config)
+    path.write_text(f"{tmp_path}/pics/a.png\n../pics/deep/b.jpg\n")
+    assert seg.predict(config, str(small_model), str(path), tmp_path / "masks") == 2
+    assert sorted((tmp_path / "masks").rglob("*.*")) == [tmp_path / "masks/a.png", tmp_path / "masks/deep/b.png"]
+    assert all(file.read_bytes() == content for file, content in before.items())
+    assert Image.open(tmp_path / "masks/a.png").mode == "P"
+    path = tmp_path / "pics/b.txt"  # these lie below it
+    path.write_text("deep/b.jpg\n")
+    assert seg.predict(config, str(small_model), str(path), tmp_path / "b") == 1 and (tmp_path / "b/deep/b.png").is_file()
+    assert sorted(path.name for path in (tmp_path / "masks").iterdir()) == ["a.png", "deep"]  # no temporary file
+
+
+@pytest.mark.parametrize("names, image_path, save_dir, words", [
+    (["a.png", "b.jpg"], "pics", "pics", "the mask of .*/pics/a.png would replace the picture .*/pics/a.png; give another folder"),
+    (["b.jpg", "b.png"], "pics", "pics", "the mask of .*/pics/b.jpg would replace the picture .*/pics/b.png"),
+    (["b.png"], "pics", "link", "the mask of .*/pics/b.png would replace the picture .*/link/b.png"),
+    (["a.png"], "pics/a.png", "pics", "would replace the picture"),
+    (["a.jpg", "a.PNG"], "pics", "masks", "pics/a.PNG and .*/pics/a.jpg would have the same mask, .*/masks/a.png; give each"),
+    (["a.png"], "twice.txt", "masks", "pics/a.png and .*/pics/a.png would have the same mask"),
+])
+def test_pictures_are_never_replaced_nor_masks_lost(small_config, tmp_path, names, image_path, save_dir, words):
+    before = pictures_in(tmp_path / "pics", *names)
+    os.symlink(tmp_path / "pics", tmp_path / "link")
+    (tmp_path / "twice.txt").write_text("pics/a.png\npics/../pics/a.png\n")
+    with pytest.raises(UserError, match=words):  # before the model, which is not there
+        seg.predict(seg.read_config(small_config), "/none.pdparams", str(tmp_path / image_path), tmp_path / save_dir)
+    assert {file: file.read_bytes() for file in before} == before and not (tmp_path / "masks").exists()
+
+
+def test_a_picture_or_a_folder_that_ends_it_says_how_many_masks_are_there(small_config, small_model, tmp_path):
+    pictures_in(tmp_path / "pics", "a.png", "b.png", "c.png", "d.png")
+    (tmp_path / "pics/c.png").write_bytes(b"broken")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken/b.png").mkdir()
+    for save_dir, words in (("masks", "c.png: .*; 2 of 4 masks were written to .*masks"),
+                            ("taken", "taken/b.png: cannot be written .*; 1 of 4 masks were written to .*taken")):
+        with pytest.raises(UserError, match=words):
+            seg.predict(seg.read_config(small_config), str(small_model), str(tmp_path / "pics"), tmp_path / save_dir)
+        assert sorted(path.name for path in (tmp_path / save_dir).iterdir()) == ["a.png", "b.png"]
+
+
 def same_masks(config, model_path, folder):
     """Paddle Inference and the model itself say the same of every pixel of the test pictures."""
     from paddle.inference import Config, create_predictor

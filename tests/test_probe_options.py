@@ -1,7 +1,10 @@
-"""Probes by a protocol's file, on listed pictures, and shared by several processes."""
+"""Probes by a protocol's file, on listed pictures, and shared by several processes; where results go; too few pictures."""
 
+import importlib
 import json
 import shutil
+import subprocess
+import sys
 
 import cv2
 import numpy as np
@@ -10,6 +13,7 @@ import yaml
 
 from conftest import ROOT
 from ppdensecl.engine import checkpoint
+from ppdensecl.errors import UserError
 from ppdensecl.evaluation import features
 
 CONFIG = ["-c", "configs/densecl_r18_demo.yaml", "-o", "device=cpu", "data.image_size=32"]
@@ -123,3 +127,94 @@ def test_semi_takes_listed_pictures(world, run_eval, tmp_path):
     assert sorted(found["pictures"]["listed"]) == ["blue/blue1.png", "blue/blue7.png", "red/red3.png", "red/red5.png"]
     path.write_text("red3.png\nnobody.png\n")
     assert "nobody.png is none of the training pictures (1 of 2 are not)" in run_eval(*short, cache=None, status=1)
+
+
+# --- where the result goes ---
+
+@pytest.mark.parametrize("out, words", [
+    ("taken", "is a folder; give the name of a file"), ("none/r.json", "there is no folder"),
+    ("/proc/x.json", "no file can be made there (No such file or directory)"), ("/dev/null", "is no regular file"),
+])
+def test_a_result_that_cannot_be_written_is_refused_before_anything_runs(run_tool, tmp_path, out, words):
+    (tmp_path / "taken").mkdir()
+    path = tmp_path / out
+    result = run_tool("eval.py", "-c", "/none.yaml", "--checkpoint", "/none", "--task", "retrieval", "--out", path)
+    assert result.returncode == 1 and result.stderr.startswith(f"error: --out {path}: {words}"), result.stderr
+    assert len(result.stderr.splitlines()) == 1 and "--resume" not in result.stderr
+    assert [each.name for each in tmp_path.iterdir()] == ["taken"]
+
+
+@pytest.fixture
+def eval_tool(world, monkeypatch, capsys):
+    """tools/eval.py in this process: (what it printed, the UserError's text or None)."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    eval_tool = importlib.import_module("eval")
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["eval.py", *CONFIG, "--checkpoint", str(world / "backbone"), *map(str, arguments)])
+        error = None
+        try:
+            eval_tool.main()
+        except UserError as found:
+            error = str(found)
+        return capsys.readouterr().out, error
+    return run
+
+
+def test_a_score_is_printed_before_it_is_written(eval_tool, monkeypatch, tmp_path):
+    def full(path, text):
+        raise UserError(f"{path}: cannot be written")
+
+    arguments = ["--task", "retrieval", "--count", "4", "--out", tmp_path / "r.json"]
+    shown, error = eval_tool(*arguments)
+    first, second = shown.splitlines()
+    assert first.startswith("retrieval: trained ") and "random" not in first and ", random start " in second and error is None
+    monkeypatch.setattr(checkpoint, "write_text", full)
+    assert eval_tool(*arguments) == (f"{first}\n", f"{tmp_path}/r.json: cannot be written")
+
+
+def test_a_closed_terminal_does_not_take_the_result(run_eval, world, tmp_path):
+    command = [sys.executable, "tools/eval.py", *CONFIG, "--checkpoint", world / "backbone", "--task", "retrieval", "--count", "4",
+               "--out", tmp_path / "r.json"]
+    with open("/dev/full", "w") as full:
+        subprocess.run([str(word) for word in command], cwd=ROOT, stdout=full, timeout=100)
+    assert {"trained", "random"} <= json.loads((tmp_path / "r.json").read_text()).keys()
+
+
+# --- too few pictures ---
+
+def small_pictures(folder, count, broken=(), size=(40, 200)):
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    for i in range(count):
+        cv2.imwrite(str(folder / f"{i}.png"), rng.integers(0, 256, (*size, 3), np.uint8))
+        if i in broken:
+            (folder / f"{i}.png").write_bytes(b"broken")
+    return ["-o", f"data.root={folder}", "data.source=folder"]
+
+
+def test_what_stands_in_for_a_broken_picture_is_not_searched_beside_itself(eval_tool, tmp_path):
+    shown, error = eval_tool("--task", "retrieval", "--out", tmp_path / "r.json",
+                             *small_pictures(tmp_path / "pictures", 6, broken=[2]))
+    assert error is None and shown.endswith(", chance 20.0 %\n")
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert found["chance"] == 1 / 5 and all((5 * found[name]).is_integer() for name in ("trained", "random"))
+
+
+@pytest.mark.parametrize("count, broken, words", [
+    (1, [], "--task retrieval needs at least 2 pictures to choose from, and found 1 that can be decoded in 'data' (1 listed)"),
+    (3, [0, 2], "found 1 that can be decoded in 'data' (3 listed)"), (2, [0, 1], "found 0 that can be decoded"),
+])
+def test_a_choice_of_one_picture_is_no_score(eval_tool, tmp_path, count, broken, words):
+    shown, error = eval_tool("--task", "retrieval", "--out", tmp_path / "r.json",
+                             *small_pictures(tmp_path / "pictures", count, broken))
+    assert words in error and shown == "" and not (tmp_path / "r.json").exists()
+
+
+@pytest.mark.parametrize("broken", [[], [0]])
+def test_views_that_share_no_cell_are_no_score(eval_tool, tmp_path, broken):
+    pictures = small_pictures(tmp_path / "pictures", 1, broken)
+    shown, error = eval_tool("--task", "correspondence", *pictures, "seed=5")  # by which its two views lie apart
+    assert error.startswith("--task correspondence: no pair of views shares a cell") and "(1 listed)" in error and shown == ""
+    if not broken:
+        assert "correspondence: trained" in eval_tool("--task", "correspondence", *pictures, "seed=1")[0]

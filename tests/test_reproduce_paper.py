@@ -286,6 +286,11 @@ def test_refusals_come_before_anything_runs(paper, arguments, settings, status, 
     assert paper.calls() == []
 
 
+def test_the_help_ends_with_the_settings(paper):
+    lines = paper().stderr.splitlines()
+    assert lines[0].startswith("The paper's table") and lines[-1].split() == ["PYTHON", "the", "interpreter", "(default", "python)"]
+
+
 def test_data_is_asked_for_only_where_a_step_needs_it(paper):
     none = {"IMAGENET": "/none", "VOC": "/none", "CITYSCAPES": "/none", "SBD": "/none"}
     assert paper("--run", "pretrain.moco_coco_800", **none).returncode == 0

@@ -3,6 +3,7 @@ python tools/eval.py -c output/RUN/config.yaml --checkpoint output/RUN/latest --
 python tools/eval.py -c configs/densecl_r50.yaml --checkpoint backbone.pdparams --protocol configs/probes/linear_imagenet.yaml
 Of the config count data.image_size, seed, device, and data.source where no labelled pictures are given; see docs/probes.md."""
 
+import contextlib
 import json
 import os
 import shlex
@@ -68,9 +69,25 @@ def read_arguments():
         parser.error("--processes must be at least 1")
     if arguments.count is not None and arguments.count < 2:
         parser.error("--count must be at least 2")
-    if arguments.out and not Path(arguments.out).resolve().parent.is_dir():
-        parser.error(f"--out {arguments.out}: there is no such folder")
+    if arguments.out:
+        _check_out(arguments.out)
     return arguments
+
+
+def _check_out(path):
+    """Refuses at the start what would take a score, maybe of days, at the end."""
+    out = Path(path)
+    if not os.path.isdir(out.parent):
+        raise UserError(f"--out {path}: there is no folder {out.parent}; make it, or give another file")
+    if os.path.exists(out) and not os.path.isfile(out):
+        kind = "a folder" if os.path.isdir(out) else "no regular file"
+        raise UserError(f"--out {path}: is {kind}; give the name of a file to write")
+    trial = out.with_name(f".{out.name}.tmp{os.getpid()}")  # as the result's own temporary file
+    try:
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise UserError(f"--out {path}: no file can be made there ({error.strerror}); give another one") from None
 
 
 def _protocol(path):
@@ -124,12 +141,18 @@ def main():
             break
         result[name], result["chance"] = scores["accuracy"], scores["chance"]
         result["seconds"] = round(time.monotonic() - started, 1)
-        if arguments.out:  # after each, for either may take days
+        # After each, for either may take days. Neither a full disk nor a closed terminal may take the other's copy.
+        with contextlib.suppress(OSError):
+            _show(result)
+        if arguments.out:
             checkpoint.write_text(arguments.out, json.dumps(result, indent=1, ensure_ascii=False))
+
+
+def _show(result):
     details = result["details"]
-    print(_line(arguments.task, result["trained"], result.get("random")) + f", chance {100 * result['chance']:.1f} %")
+    print(_line(result["task"], result["trained"], result.get("random")) + f", chance {100 * result['chance']:.1f} %", flush=True)
     for name, share in details["trained"].get("shown", {}).items():
-        print(_line(f"  {name}", share, details["random"]["shown"][name] if "random" in details else None))
+        print(_line(f"  {name}", share, details["random"]["shown"][name] if "random" in details else None), flush=True)
 
 
 def _line(name, trained, random):

@@ -207,7 +207,7 @@ check() {  # what the step $name needs
 }
 
 mode=${1:-} parts=("${@:2}")
-[[ $mode = --@(list|print|run) ]] || { sed -n '2,12s/^# \{0,1\}//p' tools/reproduce_paper.sh >&2; exit 2; }
+[[ $mode = --@(list|print|run) ]] || { sed -n '2,11s/^# \{0,1\}//p' tools/reproduce_paper.sh >&2; exit 2; }
 commas=${GPUS//[!,]/}
 cards=$(tr , '\n' <<<"$GPUS" | grep -xE '[0-9]+' | sort -u | wc -l) || true
 [ "$cards" = $((${#commas} + 1)) ] || die "GPUS=$GPUS: give the numbers of the cards, each once, such as 0,1,2,3"

@@ -115,8 +115,13 @@ def retrieval(options, config):
     source, augmentation = build_source(config), Augmentation(size=config.data.size)
 
     def score(backbone):
-        views = [two_views(picture, augmentation, config.seed + 1, 0, index) for index, picture in spread(source, options.count)]
-        found = [features.pooled(backbone, [pair[view] for pair in views], config.data.size) for view in (0, 1)]
+        # By index: what stands in for a broken picture comes a second time, and could not be told from itself.
+        views = {index: two_views(picture, augmentation, config.seed + 1, 0, index)
+                 for index, picture in spread(source, options.count)}
+        if len(views) < 2:
+            raise UserError("--task retrieval needs at least 2 pictures to choose from, and found "
+                            f"{len(views)} that can be decoded in 'data' ({len(source)} listed)")
+        found = [features.pooled(backbone, [pair[view] for pair in views.values()], config.data.size) for view in (0, 1)]
         return {"accuracy": knn.retrieval(found[0], _maybe_shuffled(found[1], 0, options, config)), "chance": 1 / len(views)}
     return _alone, score
 
@@ -129,6 +134,9 @@ def matching(options, config):
     def score(backbone):
         found = correspondence.matched_share(backbone, source, augmentation, config.seed + 1, options.count,
                                              options.shuffle_labels)
+        if not found.chance > 0:
+            raise UserError("--task correspondence: no pair of views shares a cell, of those pictures of 'data' that can be "
+                            f"decoded ({len(source)} listed); give more pictures, or a greater --count")
         return {"accuracy": found.right, "chance": found.chance,
                 "shown": {"each cell matched to its own position": found.own,
                           "cells whose own position is wrong": found.elsewhere, "cells that chose their own position": found.stayed}}

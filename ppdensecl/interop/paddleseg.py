@@ -145,7 +145,8 @@ def predict(config, model_path, pictures, save_dir, **options):
         try:
             seen = transforms({"img": source.picture(i)[:, :, ::-1].astype(np.float32)})  # which takes BGR
             with paddle.no_grad():
-                found, _ = paddleseg.core.infer.inference(model, paddle.to_tensor(seen["img"][None]), seen["trans_info"], **sliding)
+                batch = paddle.to_tensor(seen["img"][None])
+                found, _ = paddleseg.core.infer.inference(model, batch, seen["trans_info"], **sliding)
             _save(visualize.get_pseudo_color_map(found.numpy()[0, 0], colours), file)
         except (UndecodableError, UserError) as error:
             raise UserError(f"{error}; {i} of {len(files)} masks were written to {save_dir}") from None
@@ -161,17 +162,25 @@ def _mask_files(names, pictures, save_dir):
     root = pictures if os.path.isdir(pictures) else os.path.dirname(os.path.abspath(pictures))
     if any(os.path.relpath(name, root).startswith(os.pardir + os.sep) for name in names):
         root = os.path.commonpath([os.path.dirname(os.path.abspath(name)) for name in names])
-    read = {(status.st_dev, status.st_ino): name for name in names if os.path.exists(name) for status in [os.stat(name)]}
-    owners = {}
+    read, owners = {_identity(name) for name in names} - {None}, {}
     for name in names:
         file = save_dir / Path(os.path.relpath(name, root)).with_suffix(".png")
-        if file.exists() and (file.stat().st_dev, file.stat().st_ino) in read:
+        if _identity(file) in read:
             raise UserError(f"--save_dir {save_dir}: the mask of {name} would replace the picture {file}; give another folder")
         if file in owners:
-            raise UserError(f"--image_path: {owners[file]} and {name} would have the same mask, {file}; rename one of them, or "
-                            "predict them one after the other into two folders")
+            raise UserError(f"--image_path: {owners[file]} and {name} would have the same mask, {file}; give each picture once, "
+                            "and a name of its own before the suffix")
         owners[file] = name
     return list(owners)
+
+
+def _identity(path):
+    """What tells that two names are one file, or None where there is none."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _save(mask, file):
