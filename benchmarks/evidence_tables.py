@@ -107,34 +107,40 @@ def ablation_table(out):
 
 
 def curves(out, epochs, path):
-    """The shares of dense matches that are right over training time, from the logs of the pre-trainings."""
+    """The shares of dense matches that are right over training time, from the logs of whole pre-trainings."""
     from matplotlib.figure import Figure
 
     from ppdensecl.visual.curves import read_correspondence
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     everywhere, moved = figure.subplots(1, 2, sharex=True)
-    named, fixed = set(), []
-    logs = ((method, log) for method in METHODS for log in sorted(out.glob(f"{method}{epochs}_s*/train.log"))
-            if (log.parent / f"epoch_{epochs}.pdstates").exists())  # whole runs
-    for method, log in logs:
+    logs = [(NAMES[method], colour, log) for method, colour in (("moco", "tab:orange"), ("densecl", "tab:blue"))
+            for log in sorted(out.glob(f"{method}{epochs}_s*/train.log"))]
+    if epochs == SHORT:
+        logs.append((f"DenseCL, {TITLES['warmup_8_epochs']}", "tab:green", out / "warmup_8_epochs/train.log"))
+    named, chances = set(), []
+
+    def plot(axis, points, share, name, **style):
+        label = None if (axis, name) in named else name
+        axis.plot(points["iteration"], [100 * value for value in points[share]], label=label, **style)
+        named.add((axis, name))
+
+    for name, colour, log in logs:
+        if not (log.parent / f"epoch_{epochs}.pdstates").exists():
+            continue
         points = read_correspondence(log)
-        fixed += [(points["own"][0], points["chance"][0])] if points["iteration"] else []
-        colour = {"densecl": "tab:blue", "moco": "tab:orange"}[method]
         for axis, share in ((everywhere, "right"), (moved, "elsewhere")):
-            label = None if (axis, method) in named else NAMES[method]
-            named.add((axis, method))
-            axis.plot(points["iteration"], [100 * value for value in points[share]], ".-", color=colour, label=label)
-    if fixed:  # each seed has other views; a line for their mean
-        own, chance = map(mean, zip(*fixed))
-        everywhere.axhline(100 * own, color="grey", linestyle="--", label="each cell its own position")
-        for axis in (everywhere, moved):
-            axis.axhline(100 * chance, color="grey", linestyle=":", label="a random match")
-            axis.set(xlabel="iteration", ylabel="%", ylim=(0, None))
-            axis.grid(alpha=0.3)
-            axis.legend(fontsize=9)
+            plot(axis, points, share, name, marker=".", color=colour)
+        plot(everywhere, points, "own", "each cell its own position, by seed", linestyle="--", linewidth=1, color="grey")
+        chances += points["chance"]
+    for axis in (everywhere, moved):
+        if chances:
+            axis.axhline(100 * mean(chances), color="grey", linestyle=":", label="a random match")
+        axis.set(xlabel="iteration", ylabel="%", ylim=(0, None))
+        axis.grid(alpha=0.3)
     everywhere.set_title("cells matched to within one cell of the truth", fontsize=10)
     moved.set_title("the same, of cells whose own position is wrong", fontsize=10)
+    figure.legend(*everywhere.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9)
     figure.savefig(path, dpi=110)
 
 

@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import os
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -14,7 +13,7 @@ import pytest
 from PIL import Image
 
 from ppdensecl.errors import UserError
-from ppdensecl.visual import report
+from ppdensecl.visual import pictures, report
 from test_visual import CHECK, LINE, run_folder  # noqa: F401 (a fixture)
 
 HOSTILE = "<script>alert('1')<img src=x onerror=alert(2)>&\"'`$x$"
@@ -52,10 +51,8 @@ class _Page(HTMLParser):
 
 
 def _copied(run_folder, folder):  # noqa: F811
-    """A run whose pictures are newer than its checkpoint: nothing has to be drawn but the curves."""
-    shutil.copytree(run_folder, folder)
-    os.utime(folder / "latest.pdparams", (0, 0))
-    return folder
+    """A run whose pictures are of its latest checkpoint: nothing has to be drawn but the curves."""
+    return shutil.copytree(run_folder, folder)
 
 
 def _score(**more):
@@ -91,13 +88,45 @@ def test_the_page_needs_nothing_else_and_has_all_parts(run_folder, run_tool, tmp
     assert {path: path.stat().st_mtime_ns for path in before} == before and not list(run.glob("*.tmp*"))
 
 
-def test_pictures_older_than_the_checkpoint_are_drawn_again(run_folder, tmp_path):  # noqa: F811
+def test_pictures_of_another_checkpoint_are_drawn_again_or_it_is_said(run_folder, tmp_path):  # noqa: F811
     run = _copied(run_folder, tmp_path / "run")
-    config = (run / "config.yaml").read_text()
-    (run / "config.yaml").write_text(config.replace("synthetic_count: 8", "synthetic_count: 1"))  # sooner drawn
-    os.utime(run / "pictures" / "pca.png", (0, 0))
-    os.utime(run / "latest.pdparams", (1, 1))
-    assert report.write_report(run, run / "a.html") is None and (run / "pictures" / "pca.png").stat().st_mtime > 1
+    config = (run / "config.yaml").read_text().replace("synthetic_count: 8", "synthetic_count: 2")  # sooner drawn
+    (run / "config.yaml").write_text(config)
+    latest = pictures.drawn_of(run)
+    assert latest == pictures.identity(run / "latest") and latest["iteration"] == 2
+    pictures.draw_run(run, "iter_1", matches=1, count=2)
+    other = (run / "pictures" / "pca.png").read_bytes()
+    assert pictures.drawn_of(run)["checkpoint"] == "iter_1"
+
+    (run / "config.yaml").write_text("data: {root: /gone, image_size: 64}\nmodel: {backbone: resnet18}\n")
+    for record, said in ((None, "checkpoint than the latest: iter_1 of iteration 1"), ("[]", "not known which checkpoint")):
+        if record:
+            (run / "pictures" / "checkpoint.json").write_text(record)
+        assert said in report.write_report(run, run / "a.html") and said in _Page(run / "a.html").text
+    assert (run / "pictures" / "pca.png").read_bytes() == other
+
+    (run / "config.yaml").write_text(config)
+    assert report.write_report(run, run / "a.html") is None
+    assert (run / "pictures" / "pca.png").read_bytes() != other and pictures.drawn_of(run) == latest
+
+
+def test_a_drawing_that_broke_off_is_of_no_checkpoint(run_folder, tmp_path, monkeypatch):  # noqa: F811
+    run = _copied(run_folder, tmp_path / "run")
+
+    def broken(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(pictures, "_draw_views", broken)
+    with pytest.raises(KeyboardInterrupt):
+        pictures.draw_run(run, matches=1)
+    assert pictures.drawn_of(run) == {}
+
+
+def test_a_field_that_the_last_line_lacks_says_when_it_was(run_folder, tmp_path):  # noqa: F811
+    run = _copied(run_folder, tmp_path / "run")
+    (run / "train.log").write_text(LINE.format(1, 4.0) + "\n" + LINE.format(2, 4.5).replace("loss_dense: 3.0, ", ""))
+    report.write_report(run, run / "r.html")
+    text = _Page(run / "r.html").text
+    assert "global loss, last 4.5 dense loss, last 3 (iteration 1) accuracy" in text
 
 
 def test_foreign_text_stays_text(run_folder, tmp_path):  # noqa: F811
@@ -190,6 +219,6 @@ def test_a_browser_shows_it_without_network(run_folder, tmp_path):  # noqa: F811
     subprocess.run([*command, f"--screenshot={tmp_path}/s.png", f"file://{tmp_path}/r.html"], check=True, capture_output=True,
                    timeout=120)
     shown = np.asarray(Image.open(tmp_path / "s.png").convert("RGB"))
-    curves = np.asarray(Image.open(run / "pictures" / "curves.png").convert("RGB").resize((1088, 583)))
+    curves = np.asarray(Image.open(run / "pictures" / "curves.png").convert("RGB").resize((1088, 700)))
     assert shown.shape == (4000, 1200, 3)
     assert cv2.matchTemplate(shown, curves, cv2.TM_CCOEFF_NORMED).max() > 0.9  # the picture is seen, not its name

@@ -1,7 +1,7 @@
 """Writes what is known of a run into one HTML file that needs nothing else: python tools/report.py output/RUN
 
-Pictures that are missing, or older than the checkpoint, are drawn first; tools/visualize.py has options for them. Scores are
-those of the files in RUN that tools/eval.py --out wrote."""
+Pictures that are missing, or of another checkpoint than the latest, are drawn first; tools/visualize.py has options for them.
+Scores are those of the files in RUN that tools/eval.py --out wrote."""
 
 import sys
 from pathlib import Path

@@ -7,7 +7,6 @@ sees by zero padding where a cell is, and matches better than chance. `backbones
 
 from __future__ import annotations
 
-import cv2
 import numpy as np
 import paddle
 
@@ -81,13 +80,15 @@ def _below_each_other(drawn, title, path):
 def draw_similarity(backbones, view, cell, path):
     """Writes the similarity of one query cell to all of the key view as a PNG.
 
-    cell: (row, column), from 0; None for the one with the greatest contrast in pixels, of those that both views show and that
-    are not at the border, where there are such. Raises UserError where there is no such cell.
+    cell: (row, column), from 0; None for the one with the greatest contrast in pixels of those that both views show, if possible
+    one that is not at the border. Raises UserError where a view has no such cell, or there is none that both views show.
     """
     picture, augmentation, *numbers = view
     seen = {name: matched_pair(backbone, *view) for name, backbone in backbones.items()}
     views, matches, error, _ = next(iter(seen.values()))
     rows, columns = grid = matches.shape
+    if cell is None and np.isnan(error).all():
+        raise UserError(f"the two views of picture {numbers[1]} show no cell in common; say which cell to draw")
     if cell is None:
         contrast = np.array([[part.std() for part in np.array_split(line, columns, 1)]
                              for line in np.array_split(views[0].mean(2), rows)])

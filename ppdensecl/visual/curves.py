@@ -9,16 +9,18 @@ from ppdensecl.errors import UserError
 from ppdensecl.visual.figure import save
 
 _NUMBER = r"-?\d+(?:\.\d+)?(?:e[-+]?\d+)?|nan|-?inf"
-_LINE = re.compile(r"epoch: (\d{1,9})/\d+, iter: (\d{1,9})/(\d{1,9}), (.*)")
+# A full disk or a kill cuts a line short, and the next one goes on behind it: the last one of a line counts, if it has its end.
+_LINE = re.compile(r".*epoch: (\d{1,9})/\d+, iter: (\d{1,9})/(\d{1,9}), (.*), eta: \d+:\d\d:\d\d$")
 _FIELD = re.compile(rf"([a-z_]+): ({_NUMBER})")
 _CORRESPONDENCE = re.compile(rf"correspondence at iteration (\d{{1,9}})/\d+: ({_NUMBER}), chance ({_NUMBER}), "
-                             rf"own position ({_NUMBER}), where that is wrong ({_NUMBER})")
+                             rf"own position ({_NUMBER}), where that is wrong (\d\.\d{{4}}|nan)$")
 
 
 def read_log(path):
     """The logged lines of a train.log as {field: [value, …]}, with `iteration` counted over all epochs.
 
-    Where a run was resumed, lines that were trained again count once. Raises UserError.
+    A field is None where a line lacks it, as where a run went on with another loss_lambda. Lines that were cut short do not
+    count; where a run was resumed, lines that were trained again count once. Raises UserError.
     """
     rows = {}
     for match in filter(None, map(_LINE.search, read_lines(path))):
@@ -26,9 +28,9 @@ def read_log(path):
         rows[(epoch - 1) * per_epoch + position] = {name: float(value) for name, value in _FIELD.findall(match.group(4))}
     if not rows:
         raise UserError(f"{path}: has no logged iterations; train first")
-    names = sorted(set.intersection(*(set(row) for row in rows.values())))
+    names = sorted(set().union(*rows.values()))
     order = sorted(rows)
-    return {"iteration": order, **{name: [rows[i][name] for i in order] for name in names}}
+    return {"iteration": order, **{name: [rows[i].get(name) for i in order] for name in names}}
 
 
 def read_correspondence(path):
@@ -70,12 +72,13 @@ def draw_curves(log, correspondence, queue_len, path):
     """Draws the results of `read_log` and `read_correspondence` as a PNG of six panels. Raises UserError."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(14, 7.5), layout="constrained")
+    figure = Figure(figsize=(14, 9), layout="constrained")
     axes = list(figure.subplots(2, 3, sharex=True).flat)
     for axis, (title, label, fields) in zip(axes, _PANELS):
         for field, name in fields.items():
             if field in log:
-                axis.plot(log["iteration"], log[field], ".-" if len(log["iteration"]) < 3 else "-", label=name, linewidth=1.2)
+                known = len(log[field]) - log[field].count(None)
+                axis.plot(log["iteration"], log[field], ".-" if known < 3 else "-", label=name, linewidth=1.2)
         axis.set(title=title, ylabel=label)
         axis.grid(alpha=0.3)
     losses, accuracy, matched, _, _, speed = axes
@@ -93,6 +96,7 @@ def draw_curves(log, correspondence, queue_len, path):
         axis.xaxis.set_tick_params(labelbottom=True)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_xlabel("iteration")
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8)
+        if axis.get_legend_handles_labels()[0]:  # below the panel, where it hides no curve
+            axis.legend(fontsize=8, ncols=1 if axis is matched else 2, loc="upper center", bbox_to_anchor=(0.5, -0.14),
+                        frameon=False)
     save(figure, path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import re
 from pathlib import Path
@@ -10,14 +12,17 @@ import numpy as np
 
 from ppdensecl.config import load_config
 from ppdensecl.data.loader import PairLoader
+from ppdensecl.data.picture import UndecodableError
+from ppdensecl.data.source import sha256_of
 from ppdensecl.data.sources import spread
 from ppdensecl.data.transforms import Augmentation
-from ppdensecl.data.views import two_views
+from ppdensecl.data.views import draw_views, grid_correspondence, two_views
 from ppdensecl.engine import device
+from ppdensecl.engine.checkpoint import write_text
 from ppdensecl.engine.trainer import build_source
 from ppdensecl.errors import UserError
 from ppdensecl.evaluation import features
-from ppdensecl.evaluation.correspondence import larger_views
+from ppdensecl.evaluation.correspondence import larger_views, normalising
 from ppdensecl.visual import cells
 from ppdensecl.visual.curves import draw_curves, read_correspondence, read_log
 from ppdensecl.visual.figure import save, sheet
@@ -26,6 +31,8 @@ from ppdensecl.visual.retrieval import draw_retrieval
 from ppdensecl.visual.views import pair_sheet
 
 _ROWS = 6  # of pca.png and retrieval.png
+_SHARED = 0.25  # of the query view's cells, that the key view must show for a pair of views to be drawn
+_DRAWN = "checkpoint.json"  # of RUN/pictures: which checkpoint they are of
 
 
 def draw_run_curves(run):
@@ -36,12 +43,13 @@ def draw_run_curves(run):
 
 
 def draw_run(run, checkpoint="latest", matches=4, threshold=0.9, cell=None, count=100):
-    """Writes all pictures of RUN/pictures, and returns that folder.
+    """Writes all pictures of RUN/pictures, and which checkpoint they are of, for `drawn_of`; returns that folder.
 
     Args:
         run: the output_dir of a run.
         checkpoint: name in that folder.
-        matches: pictures that matches_N.png, mutual_N.png and similarity_N.png are drawn of.
+        matches: pictures that matches_N.png, mutual_N.png and similarity_N.png are drawn of, at most: the next ones are taken
+            for those whose views share too little.
         threshold: cosine that mutual matches must exceed.
         cell: (row, column) of similarity_N.png, None for one with contrast.
         count: pictures that retrieval.png searches.
@@ -56,18 +64,25 @@ def draw_run(run, checkpoint="latest", matches=4, threshold=0.9, cell=None, coun
         raise UserError(f"{run}: none of the {len(source)} pictures of its data can be decoded, as {source.name(0)}; "
                         "mend them, or 'data' in the run's config.yaml")
     draw_run_curves(run)
-    folder = _folder(run)
 
     size, seed = config.data.size, config.seed + 1  # as tools/eval.py: views that training did not see
+    of = identity(run / checkpoint)
+    trained = features.load_backbone(run / checkpoint)
+    pairs = _overlapping(source, matches, larger_views(size), 2 ** (1 + len(trained.feat_channels)), seed)
+    first = next(pairs, None)
+    if not first:
+        raise UserError(f"{run}: of none of its {len(source)} pictures do the two views share {_SHARED:.0%} of their cells; "
+                        "'data' in the run's config.yaml needs more pictures")
+
+    folder = _folder(run)
+    write_text(folder / _DRAWN, "{}")  # until all of them are of one checkpoint
     loader = PairLoader(source, Augmentation(size=size), min(12, len(source)), config.seed, max_bad_fraction=1)
     _draw_views(next(loader.batches([0])), folder / "views.png")
 
-    trained = features.load_backbone(run / checkpoint)
+    name = "trained" if of["iteration"] is None else f"iteration {of['iteration']}"
     start = features.random_backbone(trained.depth, len(trained.feat_channels), config.seed)
-    iteration = read_states(run / checkpoint).get("iteration")
-    backbones = {f"iteration {iteration}" if isinstance(iteration, int) else "trained": trained, "random start": start}
-    for number, (index, picture) in enumerate(_some(source, matches)):
-        view = (picture, larger_views(size), seed, index)
+    backbones = {name: trained, "random start": normalising(start, source, larger_views(size), seed)}
+    for number, view in enumerate(itertools.chain([first], pairs)):
         cells.draw_pair(backbones, view, folder / f"matches_{number}.png")
         cells.draw_mutual(backbones, view, threshold, folder / f"mutual_{number}.png")
         cells.draw_similarity(backbones, view, cell, folder / f"similarity_{number}.png")
@@ -82,10 +97,29 @@ def draw_run(run, checkpoint="latest", matches=4, threshold=0.9, cell=None, coun
 
     views = [two_views(picture, Augmentation(size=size), seed, 0, index) for index, picture in _some(source, count)]
     views = np.stack(views, 1)
-    pooled = {name: [features.pooled(backbone, part, size) for part in views] for name, backbone in backbones.items()}
+    pooled = {title: [features.pooled(backbone, part, size) for part in views]
+              for title, backbone in {**backbones, "random start": start}.items()}  # as tools/eval.py
     shown = np.unique(np.linspace(0, views.shape[1] - 1, _ROWS).astype(int))
     draw_retrieval(views, pooled, shown, folder / "retrieval.png")
+    write_text(folder / _DRAWN, json.dumps(of, indent=1))
     return folder
+
+
+def _overlapping(source, count, augmentation, stride, seed):
+    """What `matched_pair` takes after the backbone, of about `count` pictures spread over a source, or the next ones for those
+    that are broken, or whose views share too little. Only the crops decide that, no result."""
+    grid, seen = tuple(-(-side // stride) for side in augmentation.size), set()
+    for start, _ in _some(source, count):
+        for index in (at % len(source) for at in range(start, start + len(source))):
+            if index in seen:
+                continue
+            seen.add(index)
+            with contextlib.suppress(UndecodableError):
+                picture = source.picture(index)
+                params = draw_views(augmentation, *picture.shape[:2], seed, 0, index)
+                if grid_correspondence(*params, grid)[1].mean() >= _SHARED:
+                    yield picture, augmentation, seed, index
+                    break
 
 
 def _some(source, count):
@@ -99,11 +133,30 @@ def _some(source, count):
 
 def read_states(path):
     """What a checkpoint's .pdstates says, {} where there is none that can be read; `path` without suffix."""
+    return _read_dict(Path(f"{path}.pdstates"))
+
+
+def identity(path):
+    """{"checkpoint": its name, "iteration": int or None, "sha256": of its weights}; `path` without suffix. Raises UserError."""
+    iteration, weights = read_states(path).get("iteration"), Path(features.weights_file(path))
     try:
-        states = json.loads(Path(f"{path}.pdstates").read_text(encoding="utf-8"))
+        return {"checkpoint": weights.stem, "iteration": iteration if isinstance(iteration, int) else None,
+                "sha256": sha256_of(weights)}
+    except OSError as error:
+        raise UserError(f"{weights}: cannot be read ({error.strerror}); give the name of a checkpoint of the run") from None
+
+
+def drawn_of(run):
+    """The `identity` of the checkpoint that the pictures of a run are of, {} where it is not known. Foreign text: check it."""
+    return _read_dict(Path(run) / "pictures" / _DRAWN)
+
+
+def _read_dict(path):
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return states if isinstance(states, dict) else {}
+    return found if isinstance(found, dict) else {}
 
 
 def _maps(backbone, pictures):

@@ -17,8 +17,9 @@ from PIL import Image, UnidentifiedImageError
 
 from ppdensecl.engine import checkpoint
 from ppdensecl.errors import UserError
+from ppdensecl.interop.safetensors_file import show
 from ppdensecl.visual.curves import read_lines, read_log
-from ppdensecl.visual.pictures import draw_run, draw_run_curves, read_states
+from ppdensecl.visual.pictures import draw_run, draw_run_curves, drawn_of, identity, read_states
 
 _MOST_BYTES = 50_000_000  # of a score's file
 _MOST_OF_A_KIND = 4
@@ -90,10 +91,10 @@ summary { cursor: pointer; }
 
 
 def write_report(run, out):
-    """Writes the report of a run to the file `out`; draws its pictures where they are missing or older than its checkpoint.
+    """Writes the report of a run to the file `out`; draws its pictures where they are missing or not of its latest checkpoint.
 
     Returns None, or why the pictures could not be drawn (as where the data is no longer there): then the report has those that
-    are there. Raises UserError where the folder holds no run, or `out` cannot be written.
+    are there, and says which checkpoint they are of. Raises UserError where the folder holds no run, or `out` cannot be written.
     """
     run = Path(run)
     lines, log = read_lines(run / "train.log"), read_log(run / "train.log")
@@ -102,11 +103,11 @@ def write_report(run, out):
         raise UserError(f"{run}: holds no checkpoint yet ({weights.name}); wait for the first one")
     draw_run_curves(run)
     missing = None
-    if not _fresh(run / "pictures", weights.stat().st_mtime):
+    if not all(_of_kind(run / "pictures", kind) for kind in _KINDS) or _drawn_of_another(run):
         try:
             draw_run(run)
         except UserError as error:
-            missing = str(error)
+            missing = "; ".join(filter(None, (str(error), _drawn_of_another(run))))
     states = read_states(run / checkpoint.LATEST)
     messages = _messages(lines)
     body = [_headline(run, log, states, messages), _scores(run, states), _pictures(run / "pictures", missing), _config(run),
@@ -120,8 +121,15 @@ def write_report(run, out):
     return missing
 
 
-def _fresh(folder, since):
-    return all(min((path.stat().st_mtime for path in _of_kind(folder, kind)), default=-1) >= since for kind in _KINDS)
+def _drawn_of_another(run):
+    """What to say where there are pictures of another checkpoint than the latest; None where there are not."""
+    drawn, latest = drawn_of(run), identity(run / checkpoint.LATEST)
+    if drawn.get("sha256") == latest["sha256"] or not any(_of_kind(run / "pictures", kind) for kind in _KINDS):
+        return None
+    if not drawn:
+        return "it is not known which checkpoint the pictures that are there are of"
+    return (f"the pictures that are there are of another checkpoint than the latest: {show(drawn.get('checkpoint'))} of "
+            f"iteration {show(drawn.get('iteration'))}")
 
 
 def _of_kind(folder, kind):
@@ -155,8 +163,10 @@ def _headline(run, log, states, messages):
     for field, name in (("loss", "loss"), ("loss_global", "global loss"), ("loss_dense", "dense loss"),
                         ("accuracy", "accuracy against the queue"), ("dense_accuracy", "dense accuracy against the queue"),
                         ("avg_ips", "pictures / s")):
-        if field in log:
-            rows.append((f"{name}, last", f"{log[field][-1]:.4g}"))
+        known = [(value, at) for value, at in zip(log.get(field, ()), log["iteration"]) if value is not None]
+        if known:
+            value, at = known[-1]
+            rows.append((f"{name}, last", f"{value:.4g}" + (f" (iteration {at})" if at < log["iteration"][-1] else "")))
     links = " ".join(f'<a href="#{name.lower()}">{name}</a>'
                     for name in ("Scores", "Curves", "Pictures", "Config", "Environment", "Commands"))
     table = "".join(f"<tr><th>{escape(name)}</th><td>{escape(str(value))}</td></tr>" for name, value in rows)

@@ -19,9 +19,9 @@ def draw_retrieval(views, pooled, shown, path):
 
     count, height, width = views.shape[1:4]
     nearest = min(_NEAREST, count)
-    figure = Figure(figsize=(1.15 * (1 + len(pooled) * nearest) + 0.3, 0.9 + len(shown) * (0.25 + 1.1 * height / width)),
+    figure = Figure(figsize=(1.15 * (1 + len(pooled) * _NEAREST) + 0.3, 0.9 + len(shown) * (0.25 + 1.1 * height / width)),
                     layout="constrained")
-    blocks = figure.subfigures(1, 1 + len(pooled), wspace=0.03, width_ratios=[1, *[nearest] * len(pooled)])
+    blocks = figure.subfigures(1, 1 + len(pooled), wspace=0.03, width_ratios=[1, *[_NEAREST] * len(pooled)])
     axes = plain_axes(blocks[0], len(shown), 1)
     blocks[0].suptitle("view", fontsize=10)
     for axis, i in zip(axes[:, 0], shown):
@@ -31,7 +31,7 @@ def draw_retrieval(views, pooled, shown, path):
         cosine, found = knn.neighbours(second, first, nearest)
         right = (found[:, 0] == np.arange(count)).sum()
         block.suptitle(f"{name}: the same picture comes first for {right} of {count} ({100 * right / count:.1f} %)", fontsize=10)
-        for line, i in zip(plain_axes(block, len(shown), nearest), shown):
+        for line, i in zip(plain_axes(block, len(shown), _NEAREST), shown):
             for axis, j, near in zip(line, found[i], cosine[i]):
                 axis.imshow(views[1, j])
                 axis.set_title(f"{near:.3f}", fontsize=8)
