@@ -238,3 +238,20 @@ def test_importing_the_library_imports_no_extra(run_tool):
 
 def test_the_page_on_speed_has_the_tables_that_were_measured():
     assert subprocess.run([sys.executable, "benchmarks/page.py", "--check"], cwd=ROOT).returncode == 0, "run benchmarks/page.py"
+
+
+def test_positions_asks_a_dense_branch_what_it_tells_cells_by(run_folder):
+    def positions(path):
+        import subprocess
+        import sys
+
+        return subprocess.run([sys.executable, "benchmarks/positions.py", path, "--count", "6"], cwd=ROOT, text=True,
+                              capture_output=True, timeout=120)
+
+    found = positions(run_folder / "latest")
+    assert found.returncode == 0, found.stderr
+    cosines = dict(item.split() for item in found.stdout.rstrip().partition("latest ")[2].split(", "))
+    assert list(cosines) == ["match", "others", "elsewhere", "queue"] and all(abs(float(value)) <= 1 for value in cosines.values())
+    assert float(cosines["match"]) > float(cosines["elsewhere"])
+    none = positions(run_folder / "nothing/latest")
+    assert none.returncode == 1 and none.stderr.startswith("error: ") and none.stderr.count("\n") == 1
