@@ -17,6 +17,7 @@ import ppdensecl
 from ppdensecl.config import build_config
 from ppdensecl.engine import checkpoint
 from ppdensecl.errors import UserError
+from ppdensecl.files import replacing
 from ppdensecl.interop import layouts, torch_file
 from ppdensecl.interop.foreign import read
 from ppdensecl.models import DenseCL, ResNet
@@ -40,7 +41,7 @@ def to_paddle(source, out, backbone=False, config=None):
         _compare(found, ResNet(found.depth, stages=found.stages))
         checkpoint.write_arrays(written[0], found.arrays)
         origin = {**origin, "layout": "backbone", "copies": False, "written_sha256": checkpoint.sha256_of(written[0])}
-        with torch_file.replacing(written[1]) as file:
+        with replacing(written[1]) as file:
             file.write(json.dumps(origin, indent=1).encode())
         return [*notes, f"written: {written[0]} ({len(found.arrays)} entries), and {written[1]} with where they are from"]
     config = _config(found, config)

@@ -5,7 +5,6 @@ Importing this registers what the configs need, see `paddleseg_components.py`.
 
 from __future__ import annotations
 
-import contextlib
 import os
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from ppdensecl import parallel
 from ppdensecl.data.picture import UndecodableError
 from ppdensecl.engine import checkpoint
 from ppdensecl.errors import UserError
+from ppdensecl.files import replacing
 from ppdensecl.inference.pictures import open_pictures
 from ppdensecl.interop import precise_bn
 from ppdensecl.interop.paddleseg_components import load  # which registers them
@@ -147,7 +147,9 @@ def predict(config, model_path, pictures, save_dir, **options):
             with paddle.no_grad():
                 batch = paddle.to_tensor(seen["img"][None])
                 found, _ = paddleseg.core.infer.inference(model, batch, seen["trans_info"], **sliding)
-            _save(visualize.get_pseudo_color_map(found.numpy()[0, 0], colours), file)
+            checkpoint.make_folder(file.parent)
+            with replacing(file) as mask:
+                visualize.get_pseudo_color_map(found.numpy()[0, 0], colours).save(mask, "PNG")
         except (UndecodableError, UserError) as error:
             raise UserError(f"{error}; {i} of {len(files)} masks were written to {save_dir}") from None
     return len(files)
@@ -181,19 +183,6 @@ def _identity(path):
     except (OSError, ValueError):
         return None
     return status.st_dev, status.st_ino
-
-
-def _save(mask, file):
-    checkpoint.make_folder(file.parent)
-    temporary = file.with_name(f".tmp{os.getpid()}.png")
-    try:
-        mask.save(temporary)
-        os.replace(temporary, file)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be written ({error.strerror or error})") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def make_precise(config, model_path, save_dir, batches=precise_bn.BATCHES, num_workers=2):

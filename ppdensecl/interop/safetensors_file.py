@@ -18,6 +18,7 @@ import zlib
 import numpy as np
 
 from ppdensecl.errors import UserError
+from ppdensecl.files import replacing
 
 # What parsers raise on bytes that are not what they should be (ValueError includes UnicodeError and
 # JSONDecodeError, RuntimeError includes RecursionError and NotImplementedError, LookupError KeyError).
@@ -49,23 +50,6 @@ def opened(path):
                         f"({type(error).__name__}: {show(str(error))})") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or show(str(error))})") from error
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """Context: a binary file that takes the place of `path` once it is complete on the disk, and not before."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
 
 
 def read_bytes(file, count):

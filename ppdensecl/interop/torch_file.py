@@ -12,8 +12,9 @@ import zipfile
 import numpy as np
 
 from ppdensecl.errors import UserError
+from ppdensecl.files import replacing
 from ppdensecl.interop.safetensors_file import (  # noqa: F401 (the two safetensors functions belong to this interface)
-    opened, read_bytes, read_safetensors, replacing, show, write_safetensors)
+    opened, read_bytes, read_safetensors, show, write_safetensors)
 from ppdensecl.interop.torch_pickle import Storage, Unpickler, pickled
 
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001

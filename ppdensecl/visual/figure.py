@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-
-from ppdensecl.errors import UserError
+from ppdensecl.files import replacing
 
 
 def sheet(rows, columns, width, height):
@@ -34,12 +31,5 @@ def frame(axis, left, top, width, height, colour):
 
 def save(figure, path, named=None):
     """Writes a Figure as a PNG to `path`; `named` is what an error calls it. Raises UserError."""
-    temporary = f"{path}.tmp{os.getpid()}"
-    try:
-        figure.savefig(temporary, format="png", dpi=110)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{named or path}: cannot be written ({error.strerror})") from None
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
+    with replacing(path, named) as file:
+        figure.savefig(file, format="png", dpi=110)
