@@ -146,7 +146,7 @@ def test_a_result_that_cannot_be_written_is_refused_before_anything_runs(run_too
 
 @pytest.fixture
 def eval_tool(world, monkeypatch, capsys):
-    """tools/eval.py in this process: (what it printed, the UserError's text or None)."""
+    """tools/eval.py in this process: (what it printed, the UserError's text or None); .said has the lines of stderr."""
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     eval_tool = importlib.import_module("eval")
 
@@ -157,7 +157,8 @@ def eval_tool(world, monkeypatch, capsys):
             eval_tool.main()
         except UserError as found:
             error = str(found)
-        return capsys.readouterr().out, error
+        shown, run.said = capsys.readouterr()
+        return shown, error
     return run
 
 
@@ -167,10 +168,31 @@ def test_a_score_is_printed_before_it_is_written(eval_tool, monkeypatch, tmp_pat
 
     arguments = ["--task", "retrieval", "--count", "4", "--out", tmp_path / "r.json"]
     shown, error = eval_tool(*arguments)
-    first, second = shown.splitlines()
-    assert first.startswith("retrieval: trained ") and "random" not in first and ", random start " in second and error is None
+    assert shown.startswith("retrieval: trained ") and ", random start " in shown and shown.count("\n") == 1 and error is None
+    trained = shown.split(", random")[0]
+    assert f"so far: {trained}, chance" in eval_tool.said
     monkeypatch.setattr(checkpoint, "write_text", full)
-    assert eval_tool(*arguments) == (f"{first}\n", f"{tmp_path}/r.json: cannot be written")
+    assert eval_tool(*arguments) == ("", f"{tmp_path}/r.json: cannot be written") and f"so far: {trained}, chance" in eval_tool.said
+    shown, error = eval_tool(*arguments, "--no-random")
+    assert shown.startswith(f"{trained}, chance") and error and "so far" not in eval_tool.said
+
+
+def test_a_random_start_without_a_score_leaves_the_trained_ones(eval_tool, world, monkeypatch, tmp_path):
+    make = features.random_backbone
+
+    def broken(*arguments):
+        backbone = make(*arguments)
+        bias = [value for name, value in backbone.named_parameters() if name.endswith("bn2.bias")][-1]
+        bias.set_value(bias + float("inf"))
+        return backbone
+
+    monkeypatch.setattr(features, "random_backbone", broken)
+    out = tmp_path / "r.json"
+    shown, error = eval_tool("--task", "linear", *folders(world), "--epochs", "1", "--cache", tmp_path / "cache", "--out", out)
+    assert shown.startswith("linear: trained ") and "random" not in shown and error is None
+    assert "so far: linear: trained" in eval_tool.said and "note: the random start has no score: " in eval_tool.said
+    found = json.loads(out.read_text())
+    assert "trained" in found and "random" not in found and [*found["details"]] == ["trained"]
 
 
 def test_a_closed_terminal_does_not_take_the_result(run_eval, world, tmp_path):

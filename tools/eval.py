@@ -138,21 +138,24 @@ def main():
             if name == "trained":
                 raise
             print(f"note: the random start has no score: {error}", file=sys.stderr)
-            break
-        result[name], result["chance"] = scores["accuracy"], scores["chance"]
-        result["seconds"] = round(time.monotonic() - started, 1)
+        else:
+            result[name], result["chance"] = scores["accuracy"], scores["chance"]
+            result["seconds"] = round(time.monotonic() - started, 1)
         # After each, for either may take days. Neither a full disk nor a closed terminal may take the other's copy.
         with contextlib.suppress(OSError):
-            _show(result)
+            if name == list(seen)[-1]:
+                print("\n".join(_lines(result)), flush=True)
+            else:
+                print("so far:", "; ".join(line.strip() for line in _lines(result)), file=sys.stderr)
         if arguments.out:
             checkpoint.write_text(arguments.out, json.dumps(result, indent=1, ensure_ascii=False))
 
 
-def _show(result):
+def _lines(result):
     details = result["details"]
-    print(_line(result["task"], result["trained"], result.get("random")) + f", chance {100 * result['chance']:.1f} %", flush=True)
+    yield _line(result["task"], result["trained"], result.get("random")) + f", chance {100 * result['chance']:.1f} %"
     for name, share in details["trained"].get("shown", {}).items():
-        print(_line(f"  {name}", share, details["random"]["shown"][name] if "random" in details else None), flush=True)
+        yield _line(f"  {name}", share, details["random"]["shown"][name] if "random" in details else None)
 
 
 def _line(name, trained, random):
