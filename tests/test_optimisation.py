@@ -47,3 +47,17 @@ def test_weight_decay_and_momentum_are_sgd_as_pytorch_defines_it(everything):
             velocity = 0.9 * velocity + (i + step) + decay * value
             expected[name] = value - 0.1 * velocity, velocity
             assert np.allclose(p.numpy(), expected[name][0], atol=2e-5 * (1 + i)), name
+
+
+@pytest.mark.parametrize("everything", [True, False])
+def test_the_norm_that_is_clipped_is_of_all_gradients(everything):
+    paddle.seed(0)
+    model = DenseCL("resnet18", 16, 8, queue_len=8, stages=1)
+    optimizer = build_optimizer(OptimConfig(lr=1.0, weight_decay=0.0, momentum=0.0, clip_norm=1.0,
+                                            decay_norm_and_bias=everything), model)
+    learning = [p for p in model.parameters() if not p.stop_gradient]
+    before = [p.numpy().copy() for p in learning]
+    sum(p.sum() for p in learning).backward()
+    optimizer.step()
+    step = np.concatenate([(b - p.numpy()).ravel() for b, p in zip(before, learning)])
+    assert abs(np.linalg.norm(step.astype("float64")) - 1) < 1e-3 and abs(step * len(step) ** 0.5 - 1).max() < 0.05

@@ -28,12 +28,11 @@ def learning_rate(optim, iteration, iters_per_epoch):
 
 def build_optimizer(optim, model):
     """Momentum SGD over the parameters that learn; v ← μ·v + (g + wd·p), p ← p − lr·v, as PyTorch's."""
-    learning = [(name, p) for name, p in model.named_parameters() if not p.stop_gradient]
-    if optim.decay_norm_and_bias:
-        parameters = [p for _, p in learning]
-    else:  # vectors are BatchNorm's scale and shift, and biases
-        parameters = [{"params": [p for _, p in learning if p.ndim > 1]},
-                      {"params": [p for _, p in learning if p.ndim <= 1], "weight_decay": 0.0}]
+    parameters = [p for p in model.parameters() if not p.stop_gradient]
+    if not optim.decay_norm_and_bias:
+        for p in parameters:
+            if p.ndim <= 1:  # BatchNorm's scale and shift, and biases
+                p.regularizer = paddle.regularizer.L2Decay(0.0)  # and no group of their own: the norm would be clipped by group
     clip = paddle.nn.ClipGradByGlobalNorm(optim.clip_norm) if optim.clip_norm else None
     return paddle.optimizer.Momentum(optim.lr, optim.momentum, parameters, weight_decay=optim.weight_decay, grad_clip=clip)
 
