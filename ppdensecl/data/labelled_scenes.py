@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import cv2
@@ -12,6 +11,7 @@ from PIL import Image
 
 from ppdensecl.data.synthetic import CLASSES
 from ppdensecl.errors import UserError
+from ppdensecl.files import replacing
 
 
 def write(source, folder, part):
@@ -36,8 +36,10 @@ def write(source, folder, part):
                                 **_outlines((scene.instances == number).astype(np.uint8))})
             lines.append(f"images/{name} labels/{name}\n")
         categories = [{"id": number, "name": name} for number, name in enumerate(CLASSES, 1)]
-        _replace(folder / f"{part}.json", json.dumps({"images": images, "annotations": objects, "categories": categories}))
-        _replace(folder / f"{part}.txt", "".join(lines))
+        annotations = json.dumps({"images": images, "annotations": objects, "categories": categories})
+        for name, text in ((f"{part}.json", annotations), (f"{part}.txt", "".join(lines))):
+            with replacing(folder / name) as file:
+                file.write(text.encode())
     except OSError as error:
         raise UserError(f"{error.filename or folder}: cannot be written ({error.strerror or error})") from None
 
@@ -46,9 +48,3 @@ def _outlines(visible):
     polygons = [outline.ravel().tolist() for outline in cv2.findContours(visible, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0]
                 if len(outline) >= 3]
     return {"segmentation": polygons, "area": int(visible.sum())}
-
-
-def _replace(path, text):
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
