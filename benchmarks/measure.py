@@ -101,13 +101,15 @@ def median(answers, key="seconds"):
 def machine():
     """What the numbers were found on, as text."""
     names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    cores, installed = len(os.sched_getaffinity(0)), []
+    from ppdensecl.machine import cores
+
+    installed = []
     for package in ("paddlepaddle", "torch", "numpy", "opencv-python", "pillow"):
         try:
             installed.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             pass
-    return (f"{cores} cores of an {names[0] if names else platform.machine()}, "
+    return (f"{cores()} cores of an {names[0] if names else platform.machine()}, "
             f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB, "
             f"Python {platform.python_version()}, {', '.join(installed)}")
 

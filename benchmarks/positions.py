@@ -20,7 +20,7 @@ from ppdensecl.data.sources import spread
 from ppdensecl.data.transforms import Augmentation
 from ppdensecl.data.views import two_views
 from ppdensecl.engine import checkpoint, device
-from ppdensecl.engine.trainer import build_model, build_source
+from ppdensecl.engine.building import build_model, build_source
 from ppdensecl.errors import UserError
 from ppdensecl.models import matching
 from ppdensecl.models.densecl import normalise

@@ -43,7 +43,7 @@ def bare(arguments):
     import paddle
 
     from ppdensecl.config import load_config
-    from ppdensecl.engine.trainer import build_model
+    from ppdensecl.engine.building import build_model
 
     config = load_config(arguments[1], arguments[3:])
     paddle.set_device("cpu")

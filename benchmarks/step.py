@@ -16,8 +16,10 @@ from functools import partial
 import measure
 import numpy as np
 
+from ppdensecl.machine import cores
+
 SIZE, QUEUE, DIM, TEMPERATURE, MOMENTUM = 224, 65536, 128, 0.2, 0.999
-CORES = len(os.sched_getaffinity(0))
+CORES = cores()
 
 
 def ours(batch, recompute=0):
@@ -174,7 +176,7 @@ def pytorch(batch):
     return once
 
 
-KEEP = str(2**33)  # bytes: malloc gives nothing back, as `ppdensecl.memory` has it for ours
+KEEP = str(2**33)  # bytes: malloc gives nothing back, as `ppdensecl.machine` has it for ours
 WAYS = {  # name: (function of the batch, environment)
     "ours": (ours, {}),
     "ours, recompute=1": (partial(ours, recompute=1), {}),

@@ -17,6 +17,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "tools"))
 import command_line  # noqa: E402 (sets the path to the library)
 
 from ppdensecl.errors import UserError  # noqa: E402
+from ppdensecl.machine import cores  # noqa: E402
 
 WARM_UP = 3  # runs of the first batch before --benchmark counts
 _PCA_FROM = 16  # pictures whose cells decide the colours of all
@@ -78,7 +79,7 @@ def extract(arguments, make_engine, checked=None):
 
     Raises UserError, also where no picture at all could be read.
     """
-    from ppdensecl.inference import engines, exported, pictures
+    from ppdensecl.inference import exported, pictures
     from ppdensecl.inference.features_file import FeaturesFile
     from tqdm import tqdm
 
@@ -103,7 +104,7 @@ def extract(arguments, make_engine, checked=None):
             bar.update()
 
         drawn = PcaPictures(arguments.pca_dir, source) if arguments.pca_dir else None
-        threads = 0 if arguments.benchmark else arguments.cpu_threads or engines.available_threads()
+        threads = 0 if arguments.benchmark else arguments.cpu_threads or cores()
         clock = {"preprocess": 0.0, "run": 0.0, "postprocess": 0.0}
         batches = iter(pictures.views(source, model, arguments.batch_size, threads, skip))
         while True:

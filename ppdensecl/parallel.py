@@ -4,6 +4,7 @@ Shuffling BN (He et al., "Momentum Contrast", section 3.3): the key encoder sees
 processes, so that a key's BatchNorm statistics do not give away its query.
 """
 
+import contextlib
 import hashlib
 
 import numpy as np
@@ -12,6 +13,7 @@ import paddle.distributed as dist
 
 from ppdensecl import rng
 from ppdensecl.errors import UserError
+from ppdensecl.machine import to_device
 
 WIDE = 2**15  # numbers in a row
 
@@ -65,7 +67,7 @@ def _begin_gather(x):
     return end
 
 
-def agree(facts, error=None):
+def agree(facts=dict, error=None):
     """Called by all ranks before they go on: raises UserError on all of them where one cannot (`error`, its own) or has other
     facts, `facts()` is {what: text}, than rank 0. Nobody is left waiting for a rank that will never come."""
     if error:
@@ -81,12 +83,26 @@ def agree(facts, error=None):
             raise UserError(f"rank {r}: {message}")
         if theirs != answers[0][1]:
             raise UserError(f"rank {r} runs another version of ppdensecl than rank 0; install the same on all machines")
-    answers = _exchange(facts.values())
+    answers = _exchange(facts.values()) if facts else ()
     for r, texts in enumerate(answers):
         for what, here, there in zip(facts, answers[0], texts):
             if here != there:
                 raise UserError(f"rank {r} has another {what} than rank 0, {there} instead of {here}; "
                                 "start all ranks with the same")
+
+
+@contextlib.contextmanager
+def together(facts=dict):
+    """Context: a UserError or OSError of one rank within it becomes a UserError of all ranks, and `facts` are compared at its end;
+    see `agree`."""
+    error = None
+    try:
+        yield
+    except UserError as caught:
+        error = caught
+    except OSError as caught:
+        error = UserError(f"{caught.filename or 'a file'}: {caught.strerror or caught}")
+    agree(facts, error)
 
 
 def _exchange(texts, width=1024):
@@ -122,8 +138,7 @@ class Shuffle:
             permutation = rng.generator(seed, rng.Purpose.SHUFFLE_BN, step).permutation(rows)
             inverse = permutation.argsort()
             # Copied to the device before the forward passes, not between them.
-            self.mine, self.inverse, self.inverse_mine = map(
-                paddle.to_tensor, (local(permutation), inverse, local(inverse)))
+            self.mine, self.inverse, self.inverse_mine = map(to_device, (local(permutation), inverse, local(inverse)))
 
     def scatter(self, x):
         """This rank's share of the shuffled batch: x [n, …] → [n, …], whose row i on rank r is row permutation[r·n + i]."""

@@ -50,7 +50,7 @@ def test_a_shuffle_moves_rows_between_processes_and_brings_every_one_back(ranks)
 def test_the_processes_share_the_pictures_whose_correspondence_is_watched(tmp_path):
     """Each looks at its part, and the share is that of all."""
     from ppdensecl.config import load_config
-    from ppdensecl.engine.trainer import build_source
+    from ppdensecl.engine.building import build_source
     from ppdensecl.evaluation import correspondence, features
 
     result = _launch(tmp_path, "tools/train.py", *TINY, "log.correspondence_interval=2", "log.correspondence_pictures=5",
@@ -97,10 +97,10 @@ def test_ranks_say_on_which_they_disagree(ranks):
         assert error.endswith("no pictures hère")
 
 
-def _train(folder, *arguments, rank_1=()):
-    """tools/train.py in two processes, the second with further arguments."""
+def _train(folder, *arguments, rank_1=(), before=""):
+    """tools/train.py in two processes, the second with further arguments, after the code `before`."""
     script = folder / "start.py"
-    script.write_text("import os, runpy, sys\n"
+    script.write_text("import os, runpy, sys\n" + before +
                       f"sys.argv += {[str(a) for a in rank_1]!r} if os.environ['PADDLE_TRAINER_ID'] == '1' else []\n"
                       f"sys.path.insert(0, {str(ROOT / 'tools')!r})\n"
                       f"runpy.run_path({str(ROOT / 'tools' / 'train.py')!r}, run_name='__main__')\n")
@@ -118,6 +118,24 @@ def test_a_run_does_not_start_where_ranks_differ(tmp_path, rank_1, sentence):
     shown = result.stdout + result.stderr
     assert result.returncode != 0 and sentence in shown and "Traceback" not in shown
     assert not list(tmp_path.glob("run/*.pdparams"))
+
+
+_FULL = "raise OSError(28, 'No space left on device', 'a/file')"
+
+
+@pytest.mark.parametrize("broken, sentences", [
+    ("LossSums.finite = lambda self: os.environ['PADDLE_TRAINER_ID'] == '0'", ["the loss is not finite at iteration 2"] * 2),
+    (f"def save(*_): {_FULL}\ncheckpoint.save = save", ["a/file: No space left on device", "rank 0: a/file: No space left"]),
+    (f"def begin(*_): {_FULL}\nrun_folder.begin = begin", ["a/file: No space left on device", "rank 0: a/file: No space left"])])
+def test_what_one_rank_finds_wrong_at_a_start_or_a_checkpoint_ends_all(tmp_path, broken, sentences):
+    """Nobody waits for the one that is gone: that would take minutes."""
+    before = (f"sys.path.insert(0, {str(ROOT)!r})\nimport ppdensecl\nfrom ppdensecl.engine import checkpoint, run_folder\n"
+              f"from ppdensecl.engine.logging import LossSums\n{broken}\n")
+    result = _train(tmp_path, "save.interval_epochs=1", before=before)
+    logs = [(tmp_path / f"log/workerlog.{n}").read_text() for n in range(2)]
+    assert result.returncode != 0 and not list(tmp_path.glob("run/*.pdparams"))
+    for log, sentence in zip(logs, sentences):
+        assert sentence in log and "lost another process" not in log and "Traceback" not in log, logs
 
 
 def test_a_run_goes_on_in_another_number_of_processes(run_tool, tmp_path):

@@ -15,9 +15,11 @@ from paddle.amp import grad_scaler
 from paddle.amp.auto_cast import amp_state
 
 from ppdensecl.config import load_config
-from ppdensecl.engine import checkpoint, device
-from ppdensecl.engine.trainer import Trainer, build_model
+from ppdensecl.engine import building, checkpoint, device
+from ppdensecl.engine.building import build_model
+from ppdensecl.engine.trainer import Trainer
 from ppdensecl import parallel
+from ppdensecl.errors import UserError
 from ppdensecl.models import DenseCL, densecl
 from ppdensecl.models.densecl import normalised_rows
 
@@ -38,6 +40,7 @@ def as_if_on_a_gpu(monkeypatch):
         return "gpu:0"
 
     monkeypatch.setattr(device, "select", select)
+    monkeypatch.setattr(paddle.device.cuda, "get_device_capability", lambda: (8, 0))
 
 
 def _config(folder, *overrides):
@@ -67,6 +70,14 @@ def test_a_scaled_run_is_the_plain_one(as_if_on_a_gpu, tmp_path, clip_norm):
     trainer, scaled = _fit(tmp_path / "scaled", clip, "optim.amp=float16")
     assert trainer.scaler.is_enable() and float(trainer.scaler.state_dict()["scale"][0]) == 2**14
     _same(scaled, plain)
+
+
+def test_a_gpu_that_would_compute_in_float32_is_refused(monkeypatch, tmp_path):
+    for capability, refused in (((6, 1), {"float16", "bfloat16"}), ((7, 5), {"bfloat16"}), ((8, 0), set())):
+        monkeypatch.setattr(paddle.device.cuda, "get_device_capability", lambda: capability)
+        for amp in ("off", "float16", "bfloat16"):
+            with pytest.raises(UserError, match="too old") if amp in refused else contextlib.nullcontext():
+                building.check(_config(tmp_path, f"optim.amp={amp}"), "gpu:0")
 
 
 def test_a_step_that_overflows_is_skipped_and_everything_else_goes_on(as_if_on_a_gpu, tmp_path):

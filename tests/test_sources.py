@@ -13,7 +13,7 @@ import pytest
 
 from ppdensecl.data.picture import UndecodableError
 from ppdensecl.data.source import Names
-from ppdensecl.data.sources import CocoSource, FolderSource, ListSource, SyntheticSource, open_source
+from ppdensecl.data.sources import CocoSource, FolderSource, ListSource, SyntheticSource, open_source, spread
 from ppdensecl.errors import UserError
 
 
@@ -278,3 +278,21 @@ def test_order_does_not_depend_on_the_process(tmp_path):
         environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "LC_ALL": "C"}
         run = subprocess.run([sys.executable, "-c", code, tmp_path], env=environment, capture_output=True, text=True)
         assert run.stdout.strip() == FolderSource(tmp_path).fingerprint(), run.stderr
+
+
+# Some pictures of a source
+
+
+def test_spread_takes_none_twice_where_pictures_are_broken(tmp_path):
+    source = FolderSource(make(tmp_path, *(f"{i:02d}.png" for i in range(20))))
+
+    def taken(count, world_size=1):
+        found = [list(spread(source, count, rank, world_size)) for rank in range(world_size)]
+        assert all((picture == index).all() for part in found for index, picture in part)
+        return sorted(index for part in found for index, _ in part)
+    assert taken(5) == [0, 4, 9, 14, 19] and taken(40) == list(range(20)) and taken(1) == [0]
+    for broken in (0, 1, 2, 3, 9, 19):
+        (tmp_path / f"{broken:02d}.png").write_bytes(b"broken")
+    left = [4, 5, 6, 7, 8, *range(10, 19)]
+    assert taken(5) == taken(5, 2) == [4, 10, 14]  # 4 does not stand in for 0 beside itself, and nothing follows 19
+    assert taken(40) == taken(40, 3) == left and taken(1) == [4]

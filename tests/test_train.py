@@ -1,5 +1,7 @@
 """Runs as a user starts them: tools/train.py as a process of its own."""
 
+import errno
+import fcntl
 import importlib
 import json
 import os
@@ -14,11 +16,14 @@ import numpy as np
 import paddle
 import pytest
 
+from ppdensecl import machine
 from ppdensecl.config import load_config
 from ppdensecl.data.loader import PairLoader
 from ppdensecl.data.transforms import Augmentation
-from ppdensecl.engine import checkpoint, device
-from ppdensecl.engine.trainer import Trainer, build_model
+from ppdensecl.engine import checkpoint, device, run_folder
+from ppdensecl.engine.building import build_model
+from ppdensecl.engine.trainer import Trainer
+from ppdensecl.errors import UserError
 from ppdensecl.models import DenseCL
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -318,13 +323,15 @@ def test_training_on_a_users_folder_names_its_broken_pictures(run_tool, tmp_path
     ([], [], (2, 16)), ([], ["data.batch_size=48"], (3, 16)), ([], ["data.batch_size=16"], None),
     ([], ["model.bn_groups=2"], None), ([], ["device=gpu"], None), (["--processes", "1"], [], None),
     (["--processes", "4"], ["data.batch_size=8"], (4, 2))])
-def test_on_a_cpu_the_cores_share_a_batch(monkeypatch, arguments, overrides, expected):
+def test_on_a_cpu_the_cores_share_a_batch(monkeypatch, tmp_path, arguments, overrides, expected):
+    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
     monkeypatch.syspath_prepend(ROOT / "tools")
     train = importlib.import_module("train")
     for name in ("PPDENSECL_CPU_THREADS", "PADDLE_TRAINERS_NUM", "PPDENSECL_LAUNCHED"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(train, "_installed", lambda package: None)
+    monkeypatch.setattr(train.command_line, "gpu_build", lambda: False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(3))
+    monkeypatch.setattr(os, "environ", {**os.environ, "CUDA_VISIBLE_DEVICES": "0"})
     monkeypatch.setattr(os, "execv", lambda path, command: started.append(command))
     started, config = [], load_config(ROOT / "configs/densecl_r18_demo.yaml", overrides)
     train.share(config, int(arguments[1]) if arguments else None)
@@ -332,6 +339,8 @@ def test_on_a_cpu_the_cores_share_a_batch(monkeypatch, arguments, overrides, exp
     for command in started:
         assert command[command.index("--nproc_per_node") + 1] == str(expected[0])
         assert f"data.batch_size={expected[1]}" in command and "device=cpu" in command
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == ",".join(["-1"] * expected[0])  # a shorter list ends Paddle's launcher
+        assert os.environ["PADDLE_DISTRI_BACKEND"] == "gloo"
 
 
 def test_the_processes_of_a_shared_batch_end_with_their_launcher(tmp_path):
@@ -374,7 +383,33 @@ def test_a_step_between_two_log_lines_never_waits_for_the_device(tmp_path, monke
 
 
 @pytest.mark.parametrize("cores, processes, where, expected", [(2, 1, "cpu", 1), (64, 8, "gpu:0", 7), (96, 4, "gpu:3", 8), (2, 4, "gpu:0", 1)])
-def test_the_data_workers_suit_the_machine(monkeypatch, cores, processes, where, expected):
+def test_the_data_workers_suit_the_machine(monkeypatch, tmp_path, cores, processes, where, expected):
+    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(cores))
     monkeypatch.setenv("PADDLE_LOCAL_SIZE", str(processes))
     assert device.workers(where) == expected
+
+
+@pytest.mark.parametrize("files, expected", [
+    ({"cpu.max": "150000 100000\n"}, 2), ({"cpu.max": "max 100000\n"}, 64), ({"cpu.max": "6400000000 100000\n"}, 64), ({}, 64),
+    ({"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4),
+    ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 64)])
+def test_a_containers_share_of_the_cores_counts(monkeypatch, tmp_path, files, expected):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(64))
+    assert machine.cores() == expected
+
+
+def test_a_file_system_without_locks_does_not_end_the_run(tmp_path, monkeypatch):
+    def lockf(file, how):
+        raise OSError(number, os.strerror(number))
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    for number in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+        run_folder.take(tmp_path / str(number), None, False).close()
+        assert "without locks" in (tmp_path / str(number) / "train.log").read_text()
+    for number, words in ((errno.EAGAIN, "another run is writing"), (errno.EROFS, "cannot be written")):
+        with pytest.raises(UserError, match=words):
+            run_folder.take(tmp_path / str(number), None, False)

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 import warnings
+from importlib import metadata
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a clone, installed or not
@@ -55,9 +56,18 @@ def read_config(arguments):
 _LAUNCHED = "PPDENSECL_LAUNCHED"
 
 
+def gpu_build():
+    """Whether the installed Paddle is one for GPUs; told without importing it."""
+    try:
+        return bool(metadata.version("paddlepaddle-gpu"))
+    except metadata.PackageNotFoundError:
+        return False
+
+
 def launch(processes, logs, more):
     """Becomes Paddle's launcher of this command, with `more` arguments, in so many processes on this machine's CPU."""
-    os.environ[_LAUNCHED] = "1"
+    # The launcher wants a device of this list for each process, also of a Paddle without GPUs; one for GPUs would take NCCL.
+    os.environ.update({_LAUNCHED: "1", "PADDLE_DISTRI_BACKEND": "gloo", "CUDA_VISIBLE_DEVICES": ",".join(["-1"] * processes)})
     os.execv(sys.executable, [sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", str(processes),
                               "--log_level", "ERROR", "--log_dir", logs, *sys.argv, *more])
 

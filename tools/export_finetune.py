@@ -19,8 +19,10 @@ def main():
     parser.add_argument("--to", required=True, choices=["paddleseg", "paddledet", "paddleclas", "torch"])
     parser.add_argument("--out", required=True, metavar="FILE", help=".pdparams; for torch .pth, .pt or .safetensors")
     arguments = parser.parse_args()
+    from ppdensecl.engine import device
     from ppdensecl.interop.finetune import export
 
+    device.select("cpu")  # a GPU's shortened multiplications would differ from what they are compared with
     print("\n".join(export(arguments.checkpoint, arguments.out, arguments.to)))
 
 

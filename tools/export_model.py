@@ -17,8 +17,10 @@ def main():
     parser.add_argument("--onnx", action="store_true", help="also inference.onnx, checked with onnxruntime")
     arguments = parser.parse_args()
     config = command_line.read_config(arguments)
+    from ppdensecl.engine import device
     from ppdensecl.interop.export import export
 
+    device.select("cpu")  # a GPU's shortened multiplications would differ from what they are compared with
     print("\n".join(export(arguments.pretrained, config, arguments.output_dir, arguments.stages, arguments.view, arguments.onnx)))
 
 

@@ -31,8 +31,8 @@ def main():
     try:
         from ppdensecl.interop import paddledet as det
     except ImportError as error:
-        raise command_line.UserError(f"PaddleDetection cannot be imported ({error}); install it as requirements.txt "
-                                     "says") from error
+        raise command_line.UserError(f"PaddleDetection cannot be imported ({error}); install requirements.txt, or "
+                                     "requirements-gpu.txt beside a paddlepaddle-gpu") from error
     from ppdensecl import parallel
     from ppdensecl.engine import device
 

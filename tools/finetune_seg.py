@@ -72,7 +72,8 @@ def main():
     try:
         from ppdensecl.interop import paddleseg as seg
     except ImportError as error:
-        raise command_line.UserError(f"PaddleSeg cannot be imported ({error}); install it as requirements.txt says") from error
+        raise command_line.UserError(f"PaddleSeg cannot be imported ({error}); install requirements.txt, or "
+                                     "requirements-gpu.txt beside a paddlepaddle-gpu") from error
     from ppdensecl.engine import device
 
     device.select(arguments.device)

@@ -11,13 +11,13 @@ Nothing is downloaded; what is missing is named. Interrupted or killed, the same
 """
 
 import argparse
-import os
 import signal
 import sys
 
 import command_line
 
 from ppdensecl.errors import UserError
+from ppdensecl.machine import cores
 
 
 def main():
@@ -48,7 +48,7 @@ def parse():
         return kinds.add_parser(name, help=description, description=description, allow_abbrev=False)
 
     def add_workers(part):
-        part.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: one a core)")
+        part.add_argument("--workers", type=int, default=cores(), help="processes (default: one a core)")
 
     part = kind("lmdb", "copy pictures into one LMDB file, reduced in size where wanted")
     part.add_argument("--source", choices=["folder", "list", "coco", "lmdb", "archive"], default="folder",

@@ -4,11 +4,11 @@ import os
 import shlex
 import signal
 import sys
-from importlib import metadata
 
 import command_line
 
 from ppdensecl.errors import UserError
+from ppdensecl.machine import cores
 
 
 FEWEST = 16  # pictures that a process's BatchNorm should see
@@ -18,11 +18,11 @@ def share(config, processes):
     """On a CPU, becomes Paddle's launcher of one process per core: many of Paddle's CPU operators run on one thread."""
     if "PADDLE_TRAINERS_NUM" in os.environ:
         return
-    batch, cores = config.data.batch_size, len(os.sched_getaffinity(0))
+    batch = config.data.batch_size
     if processes is None:
-        on_cpu = config.device == "cpu" or (config.device == "auto" and not _installed("paddlepaddle-gpu"))
+        on_cpu = config.device == "cpu" or (config.device == "auto" and not command_line.gpu_build())
         alone = not on_cpu or config.model.bn_groups > 1 or "PPDENSECL_CPU_THREADS" in os.environ
-        processes = 1 if alone else max(n for n in range(1, cores + 1) if n == 1 or (batch % n == 0 and batch // n >= FEWEST))
+        processes = 1 if alone else max(n for n in range(1, cores() + 1) if n == 1 or (batch % n == 0 and batch // n >= FEWEST))
     if processes < 1 or batch % processes:
         raise UserError(f"--processes is {processes}, which is no divisor of data.batch_size {batch}; use one")
     if processes == 1:
@@ -31,13 +31,6 @@ def share(config, processes):
           "as on so many cards); --processes 1 for a single one", file=sys.stderr, flush=True)
     command_line.launch(processes, os.path.join(config.output_dir, "log"),
                         ["-o", f"data.batch_size={batch // processes}", "device=cpu"])
-
-
-def _installed(package):
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def main():
@@ -59,7 +52,7 @@ def main():
         from ppdensecl import parallel
 
         parallel.start()  # or the other ranks would wait for this one
-        parallel.agree(None, error)
+        parallel.agree(error=error)
     if arguments.print_config:
         print(config.to_yaml(), end="")
         return

@@ -13,6 +13,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 import extraction  # noqa: E402
 
 from ppdensecl.errors import UserError  # noqa: E402
+from ppdensecl.machine import cores  # noqa: E402
 
 
 def main():
@@ -53,7 +54,7 @@ def main():
     except OSError as error:
         raise UserError(f"--host {arguments.host} --port {arguments.port}: cannot be listened on ({error.strerror}); give "
                         "another port, or 0 for any that is free") from None
-    threads = arguments.cpu_threads or engines.available_threads()
+    threads = arguments.cpu_threads or cores()
     if arguments.engine == "paddle":
         engine = engines.PaddleEngine(model, arguments.device, threads, arguments.mkldnn)
     elif arguments.mkldnn:

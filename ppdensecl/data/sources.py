@@ -14,6 +14,7 @@ be used in any process after a fork.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import json
 import os
@@ -51,15 +52,14 @@ def open_source(kind, *, root=None, list_file=None, annotation=None, synthetic_c
 
 
 def spread(source, count, rank=0, world_size=1):
-    """About `count` pictures spread evenly over a source, or one rank's share of them: yields (index, picture), the next
-    decodable one for a broken one."""
-    for index in np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).astype(int)).tolist()[rank::world_size]:
-        for at in range(index, index + len(source)):
-            try:
-                yield at % len(source), source.picture(at % len(source))
+    """About `count` pictures spread evenly over a source, or one rank's share of them: yields (index, picture). For a broken one
+    comes the next that can be decoded before the next chosen one, if any: so none comes twice, on whatever rank."""
+    chosen = np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).astype(int)).tolist()
+    for start, end in list(zip(chosen, [*chosen[1:], len(source)]))[rank::world_size]:
+        for index in range(start, end):
+            with contextlib.suppress(UndecodableError):
+                yield index, source.picture(index)
                 break
-            except UndecodableError:
-                continue
 
 
 class _Files(Source):

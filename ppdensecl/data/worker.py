@@ -16,7 +16,7 @@ from pathlib import Path
 import cv2
 
 from ppdensecl.errors import UserError
-from ppdensecl.memory import keep_freed_memory
+from ppdensecl.machine import keep_freed_memory
 
 AHEAD = 2  # requests under way per worker
 PATIENCE = 60  # seconds of waiting for one answer between two warnings

@@ -5,8 +5,7 @@ import os
 import paddle
 
 from ppdensecl.errors import UserError
-from ppdensecl.memory import keep_freed_memory
-
+from ppdensecl.machine import cores, keep_freed_memory
 
 
 def select(name):
@@ -31,13 +30,13 @@ def threads():
         if not (asked.isascii() and asked.isdigit()) or int(asked) < 1:
             raise UserError(f"PPDENSECL_CPU_THREADS (or OMP_NUM_THREADS) is '{asked}', expected a whole number from 1")
         return int(asked)
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("PADDLE_LOCAL_SIZE", 1)))
+    return max(1, cores() // int(os.environ.get("PADDLE_LOCAL_SIZE", 1)))
 
 
 def workers(where):
     """How many data workers suit a process that computes on `where`. A core makes some 300 pairs a second: more than a CPU can
     train on, whose cores are needed for that; a GPU gets its share of the cores, up to 8."""
-    share = len(os.sched_getaffinity(0)) // int(os.environ.get("PADDLE_LOCAL_SIZE", 1))
+    share = cores() // int(os.environ.get("PADDLE_LOCAL_SIZE", 1))
     return 1 if where == "cpu" else max(1, min(8, share - 1))
 
 

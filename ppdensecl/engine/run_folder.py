@@ -1,10 +1,11 @@
 """The folder of a run: one run at a time, and no earlier run's checkpoints lost by mistake."""
 
+import errno
 import fcntl
 import os
 
 from ppdensecl.engine import checkpoint
-from ppdensecl.engine.logging import start_logging
+from ppdensecl.engine.logging import LOGGER, start_logging
 from ppdensecl.errors import UserError
 
 
@@ -14,9 +15,10 @@ def take(folder, resume, overwrite):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")
-        # Not flock: the data workers inherit that one, and one of them outlives a killed run until its batch is made.
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        locked = _lock(lock)
         start_logging(folder)
+        if not locked:
+            LOGGER.warning(f"{folder} is on a file system without locks: that no other run writes to it could not be seen")
     except BlockingIOError:
         raise UserError(f"another run is writing to {folder}; wait for it, or give another -o output_dir=…") from None
     except OSError as error:
@@ -27,6 +29,18 @@ def take(folder, resume, overwrite):
         raise UserError(f"{folder} holds the checkpoints of an earlier run; add --resume to go on with it, "
                         "--overwrite to delete them, or give another -o output_dir=…")
     return lock
+
+
+def _lock(file):
+    """Whether the file system has locks. Raises BlockingIOError where another run has it."""
+    try:
+        # Not flock: the data workers inherit that one, and one of them outlives a killed run until its batch is made.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # as Lustre and some network disks
+            return False
+        raise
+    return True
 
 
 def begin(folder, config, overwrite):

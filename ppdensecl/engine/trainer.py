@@ -16,28 +16,16 @@ import ppdensecl
 from ppdensecl import parallel
 from ppdensecl.config import Config, build_config
 from ppdensecl.data.loader import PairLoader
-from ppdensecl.data.sources import open_source
 from ppdensecl.data.transforms import Augmentation
 from ppdensecl.engine import checkpoint, device, run_folder
+from ppdensecl.engine.building import build_model, build_source, check
 from ppdensecl.engine.logging import LOGGER, LossSums, Meter, Scalars, format_line
 from ppdensecl.engine.optimisation import build_optimizer, lasting_names, learning_rate, own_names
 from ppdensecl.engine.stopping import StopRequest
 from ppdensecl.errors import UserError
 from ppdensecl.evaluation import correspondence
-from ppdensecl.models import DenseCL
+from ppdensecl.machine import to_device
 from ppdensecl.visual.views import pair_sheet
-
-
-def build_model(config: Config) -> DenseCL:
-    """The model of a config, initialised from its seed."""
-    paddle.seed(config.seed)
-    return DenseCL(**config.model.model_dump(), seed=config.seed)
-
-
-def build_source(config: Config):
-    d = config.data
-    return open_source(d.source, root=d.root, list_file=d.list_file, annotation=d.annotation, seed=config.seed,
-                       synthetic_count=d.synthetic_count)
 
 
 def _code():
@@ -61,17 +49,15 @@ class Trainer:
     def __init__(self, config: Config, resume=None, overwrite=False):
         self.config = config
         self.folder = Path(config.output_dir)
-        self.loader, self.resumed, error = None, "nothing", None
+        self.loader, self.resumed = None, "nothing"
         where = device.select(config.device)
         parallel.start()
         try:
-            try:
+            with parallel.together(self._facts):
                 self._prepare(where, resume, overwrite)
-            except UserError as caught:
-                error = caught
-            parallel.agree(self._facts, error)
-            if parallel.is_main():  # once nothing can be refused any more
-                run_folder.begin(self.folder, self.config, overwrite)
+            with parallel.together():  # once all ranks can begin: an earlier run's checkpoints go
+                if parallel.is_main():
+                    run_folder.begin(self.folder, self.config, overwrite)
             self.wrapped, self.stepper = parallel.wrap(self.model, self.optimizer)
         except BaseException:
             if self.loader:
@@ -90,18 +76,7 @@ class Trainer:
         if parallel.is_main():
             self.lock = run_folder.take(self.folder, resume, overwrite)
         workers = device.workers(where) if config.data.workers is None else config.data.workers
-        if config.optim.amp != "off" and where == "cpu":
-            raise UserError(f"'optim.amp' is '{config.optim.amp}', but Paddle's autocast does nothing on the CPU; use off")
-        if config.optim.to_static and (config.optim.recompute or config.optim.amp != "off"):
-            raise UserError("'optim.to_static' is true, which goes neither with optim.recompute nor with optim.amp; use one of them")
-        if config.model.sync_bn and where == "cpu":
-            raise UserError("'model.sync_bn' is true, but Paddle's SyncBatchNorm has no CPU kernel; use false")
-        if config.model.sync_bn and config.model.bn_groups > 1:
-            raise UserError("'model.sync_bn' is true and 'model.bn_groups' more than 1: the one joins batches for their "
-                            "statistics, the other parts them; use one of the two")
-        if config.data.batch_size % config.model.bn_groups:
-            raise UserError(f"'model.bn_groups' is {config.model.bn_groups}, which does not divide data.batch_size "
-                            f"{config.data.batch_size}; use a divisor of it")
+        check(config, where)
         source = build_source(config)
         batches = len(source) // (config.data.batch_size * parallel.world_size())
         self.iters_per_epoch = batches // config.optim.accumulate
@@ -239,8 +214,6 @@ class Trainer:
     def _stop(self, asked, saved, losses):
         if not saved:
             self.save(f"iter_{self.iteration}", losses)
-        # A rank that ended while rank 0 still writes would make the launcher end rank 0.
-        parallel.gather(paddle.zeros([1])).numpy()
         LOGGER.warning(f"stopped by {signal.Signals(asked).name} after iteration {self.iteration} of {self.iterations}, with a "
                        "checkpoint; go on with --resume")
 
@@ -255,7 +228,7 @@ class Trainer:
         # Gradients travel between the processes once per step, with the last of its backward passes.
         quiet = self.wrapped.no_sync() if parallel.world_size() > 1 and not last else contextlib.nullcontext()
         with quiet:
-            output = self.wrapped(paddle.to_tensor(views[0]), paddle.to_tensor(views[1]), step=step, watch=watch)
+            output = self.wrapped(to_device(views[0]), to_device(views[1]), step=step, watch=watch)
             loss = output.loss / self.config.optim.accumulate
             (self.scaler.scale(loss) if self.scaler else loss).backward()
         return output
@@ -312,11 +285,15 @@ class Trainer:
         return True
 
     def save(self, name, losses=None):
-        """Writes checkpoint `name` (rank 0 only), unless a loss since the last log line was not finite."""
-        if losses is not None and not losses.finite():
+        """Writes checkpoint `name`, unless a loss since the last log line was not finite. Rank 0 writes, all ranks call it: what
+        one of them finds wrong, as a full disk, ends all of them."""
+        if losses is not None and parallel.mean([float(losses.finite())]) != [1.0]:
             self._not_finite()
-        if not parallel.is_main():
-            return
+        with parallel.together():
+            if parallel.is_main():
+                self._write(name)
+
+    def _write(self, name):
         weights = {key: value.numpy() for key, value in self.model.state_dict().items()}
         if not all(np.isfinite(value).all() for value in weights.values()):
             self._not_finite()

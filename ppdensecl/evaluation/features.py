@@ -173,17 +173,14 @@ def extract(backbone, pictures, size, folder, stage=None, pooling="mean", view=c
 @contextlib.contextmanager
 def _on_all_ranks(path):
     """What fails in here on one rank is a UserError on all. None is more than one block ahead of the others."""
-    error = None
-    try:
-        yield
-    except UserError as refusal:
-        error = refusal
-    except BlockingIOError:
-        error = UserError(f"{path}: another process is extracting these features; wait for it, or give another --cache")
-    except OSError as refusal:
-        error = UserError(f"{path}: {refusal.strerror or refusal}; the features of a probe are kept there: give another --cache, "
-                          "with space, and one that all machines see where several share the work")
-    parallel.agree(lambda: {"file of features": path.name}, error)
+    with parallel.together(lambda: {"file of features": path.name}):
+        try:
+            yield
+        except BlockingIOError:
+            raise UserError(f"{path}: another process is extracting these features; wait for it, or give another --cache") from None
+        except OSError as refusal:
+            raise UserError(f"{path}: {refusal.strerror or refusal}; the features of a probe are kept there: give another --cache, "
+                            "with space, and one that all machines see where several share the work") from refusal
 
 
 def _read(path):

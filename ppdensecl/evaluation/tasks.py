@@ -15,7 +15,7 @@ from ppdensecl.data.sources import spread
 from ppdensecl.data.synthetic import SyntheticSource
 from ppdensecl.data.transforms import Augmentation
 from ppdensecl.data.views import two_views
-from ppdensecl.engine.trainer import build_source
+from ppdensecl.engine.building import build_source
 from ppdensecl.errors import UserError
 from ppdensecl.evaluation import correspondence, dense, features, knn, labelled, linear, objects, semi, svm
 
@@ -115,13 +115,12 @@ def retrieval(options, config):
     source, augmentation = build_source(config), Augmentation(size=config.data.size)
 
     def score(backbone):
-        # By index: what stands in for a broken picture comes a second time, and could not be told from itself.
-        views = {index: two_views(picture, augmentation, config.seed + 1, 0, index)
-                 for index, picture in spread(source, options.count)}
+        views = [two_views(picture, augmentation, config.seed + 1, 0, index)
+                 for index, picture in spread(source, options.count)]
         if len(views) < 2:
             raise UserError("--task retrieval needs at least 2 pictures to choose from, and found "
                             f"{len(views)} that can be decoded in 'data' ({len(source)} listed)")
-        found = [features.pooled(backbone, [pair[view] for pair in views.values()], config.data.size) for view in (0, 1)]
+        found = [features.pooled(backbone, [pair[view] for pair in views], config.data.size) for view in (0, 1)]
         return {"accuracy": knn.retrieval(found[0], _maybe_shuffled(found[1], 0, options, config)), "chance": 1 / len(views)}
     return _alone, score
 

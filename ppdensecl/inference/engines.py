@@ -6,14 +6,9 @@
 
 from __future__ import annotations
 
-import os
-
 from ppdensecl.errors import UserError
 from ppdensecl.inference.exported import ONNX, PADDLE_NETWORKS, PADDLE_WEIGHTS
-
-
-def available_threads():
-    return len(os.sched_getaffinity(0))
+from ppdensecl.machine import cores
 
 
 class PaddleEngine:
@@ -47,7 +42,7 @@ class PaddleEngine:
                             "this version, or use 3.0 or newer here")
         config = inference.Config(str(network), str(exported.file([PADDLE_WEIGHTS])))
         config.disable_glog_info()
-        threads = threads or available_threads()
+        threads = threads or cores()
         if device == "gpu":
             half = precision == "fp16"
             kind = inference.PrecisionType.Half if half else inference.PrecisionType.Float32
@@ -91,7 +86,7 @@ class OnnxEngine:
         if provider not in onnxruntime.get_available_providers():
             raise UserError(f"--device gpu: onnxruntime {onnxruntime.__version__} has no CUDA here; use --device cpu, or install "
                             "onnxruntime-gpu")
-        threads = threads or available_threads()
+        threads = threads or cores()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3  # converters leave unused constants behind, of each of which it would tell

@@ -3,6 +3,7 @@
 import paddle
 
 from ppdensecl import parallel, rng
+from ppdensecl.machine import to_device
 
 
 def match(query, key):
@@ -17,7 +18,7 @@ def match(query, key):
 def random_match(batch, query_positions, key_positions, seed, step):
     """A uniformly random key position for each query position: the control of the paper's Table 6. [N, P] int64."""
     draw = rng.generator(seed, rng.Purpose.RANDOM_MATCH, step, parallel.rank())
-    return paddle.to_tensor(draw.integers(0, key_positions, (batch, query_positions)))
+    return to_device(draw.integers(0, key_positions, (batch, query_positions)))
 
 
 def take(key, index):

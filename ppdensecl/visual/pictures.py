@@ -18,8 +18,8 @@ from ppdensecl.data.sources import spread
 from ppdensecl.data.transforms import Augmentation
 from ppdensecl.data.views import draw_views, grid_correspondence, two_views
 from ppdensecl.engine import device
+from ppdensecl.engine.building import build_source
 from ppdensecl.engine.checkpoint import write_text
-from ppdensecl.engine.trainer import build_source
 from ppdensecl.errors import UserError
 from ppdensecl.evaluation import features
 from ppdensecl.evaluation.correspondence import larger_views, normalising
@@ -92,10 +92,10 @@ def draw_run(run, checkpoint="latest", matches=4, threshold=0.9, cell=None, coun
             path.unlink()
 
     largest = tuple(4 * side for side in size)  # for a map with cells to see
-    pictures = np.stack([features.centre(picture, largest) for _, picture in _some(source, _ROWS)])
+    pictures = np.stack([features.centre(picture, largest) for _, picture in spread(source, _ROWS)])
     draw_pca(pictures, {name: _maps(backbone, pictures) for name, backbone in backbones.items()}, folder / "pca.png")
 
-    views = [two_views(picture, Augmentation(size=size), seed, 0, index) for index, picture in _some(source, count)]
+    views = [two_views(picture, Augmentation(size=size), seed, 0, index) for index, picture in spread(source, count)]
     views = np.stack(views, 1)
     pooled = {title: [features.pooled(backbone, part, size) for part in views]
               for title, backbone in {**backbones, "random start": start}.items()}  # as tools/eval.py
@@ -109,7 +109,7 @@ def _overlapping(source, count, augmentation, stride, seed):
     """What `matched_pair` takes after the backbone, of about `count` pictures spread over a source, or the next ones for those
     that are broken, or whose views share too little. Only the crops decide that, no result."""
     grid, seen = tuple(-(-side // stride) for side in augmentation.size), set()
-    for start, _ in _some(source, count):
+    for start, _ in spread(source, count):
         for index in (at % len(source) for at in range(start, start + len(source))):
             if index in seen:
                 continue
@@ -120,15 +120,6 @@ def _overlapping(source, count, augmentation, stride, seed):
                 if grid_correspondence(*params, grid)[1].mean() >= _SHARED:
                     yield picture, augmentation, seed, index
                     break
-
-
-def _some(source, count):
-    """As `spread`, but a picture that stands in for a broken one comes once."""
-    seen = set()
-    for index, picture in spread(source, count):
-        if index not in seen:
-            seen.add(index)
-            yield index, picture
 
 
 def read_states(path):

@@ -102,12 +102,12 @@ def write_report(run, out):
     if not weights.is_file():
         raise UserError(f"{run}: holds no checkpoint yet ({weights.name}); wait for the first one")
     draw_run_curves(run)
-    missing = None
-    if not all(_of_kind(run / "pictures", kind) for kind in _KINDS) or _drawn_of_another(run):
+    missing, latest = None, identity(run / checkpoint.LATEST)
+    if not all(_of_kind(run / "pictures", kind) for kind in _KINDS) or _drawn_of_another(run, latest):
         try:
             draw_run(run)
         except UserError as error:
-            missing = "; ".join(filter(None, (str(error), _drawn_of_another(run))))
+            missing = "; ".join(filter(None, (str(error), _drawn_of_another(run, latest))))
     states = read_states(run / checkpoint.LATEST)
     messages = _messages(lines)
     body = [_headline(run, log, states, messages), _scores(run, states), _pictures(run / "pictures", missing), _config(run),
@@ -121,9 +121,9 @@ def write_report(run, out):
     return missing
 
 
-def _drawn_of_another(run):
-    """What to say where there are pictures of another checkpoint than the latest; None where there are not."""
-    drawn, latest = drawn_of(run), identity(run / checkpoint.LATEST)
+def _drawn_of_another(run, latest):
+    """What to say where there are pictures of another checkpoint than that of the identity `latest`; None where there are not."""
+    drawn = drawn_of(run)
     if drawn.get("sha256") == latest["sha256"] or not any(_of_kind(run / "pictures", kind) for kind in _KINDS):
         return None
     if not drawn:
