@@ -260,6 +260,27 @@ def test_own_pictures_by_the_documents_config(tmp_path):
     assert builder.train_dataset.num_classes == 5 and builder.train_dataset[0]["img"].shape == (3, 512, 512)
 
 
+def test_another_model_of_paddleseg_by_the_documents_config(tmp_path, run_tool):
+    """DeepLabV3+ as in docs/transfer.md, with a smaller backbone, on generated pictures."""
+    mine, deeplab = re.findall(r"```yaml\n(_base_: .*?)```", (ROOT / "docs/transfer.md").read_text(), re.DOTALL)
+    root = camvid(tmp_path)
+    (root / "val.txt").write_text((root / "test.txt").read_text())
+    mine = mine.replace("_base_: ", f"_base_: {ROOT}/configs/seg/").replace("/my/data", str(root)).replace("num_classes: 5", "num_classes: 11")
+    (tmp_path / "mine.yml").write_text(mine)
+    deeplab = deeplab.replace("num_classes: 5", "num_classes: 11").replace("DenseCLResNet50", "DenseCLResNet18")
+    (tmp_path / "deeplab.yml").write_text(deeplab)
+    config = seg.read_config(tmp_path / "deeplab.yml")
+    crop(config, 64)
+    (tmp_path / "small.yml").write_text(str(config))
+    _, path = written(tmp_path, 18)
+    result = run_tool("finetune_seg.py", "-c", tmp_path / "small.yml", "train", "--iters", 2, "--pretrained", path, "--save_dir",
+                      tmp_path / "run", "--no_eval", *SMALL)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "There are 100/100 variables loaded" in result.stdout
+    weights = checkpoint.read_arrays(tmp_path / "run/iter_2/model.pdparams")
+    assert "head.aspp.conv_bn_relu._conv.weight" in weights and np.isfinite(weights["backbone.conv1.weight"]).all()
+
+
 def test_a_file_in_the_place_of_the_folder_stays(small_config, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     import finetune_seg
