@@ -179,7 +179,7 @@ def run(row, out):
             return f"{row.name} ended with status {status}, see {log}"
     seconds = round(time.monotonic() - started, 1)
     if row.results is None:
-        scores = re.findall(r"mIoU [\d.]+, pixel accuracy|bbox: AP [\d.]+", log.read_bytes()[begin:].decode("utf-8", "replace"))
+        scores = re.findall(r"mIoU [\d.]+, pixel accuracy [\d.]+|bbox: AP [\d.]+", log.read_bytes()[begin:].decode("utf-8", "replace"))
         if row.name.startswith(("seg", "det")) and not scores:
             return f"{row.name} ended without a score, see {log}"
         result = {"score": scores[-1] if scores else None, "seconds": seconds, "commands": row.commands}

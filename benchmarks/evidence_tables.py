@@ -39,7 +39,7 @@ def number(result, start, shown):
 
 
 def found(out, epochs):
-    """{(what, start, seed): percent} of all results of runs of so many epochs that are there."""
+    """{(what, start, seed): percent} of the results of runs of so many epochs that are there, and of the random starts beside them."""
     values = {}
     for what, (_, shown) in SCORES.items():
         for path in (out / "scores").glob(f"{what.partition('.')[0]}_*.json"):
@@ -50,7 +50,9 @@ def found(out, epochs):
                 if "score" not in result:
                     each["random"] = number(result, "random", shown)
                 values.update({(what, who, seed): value for who, value in each.items() if value is not None})
-    return values
+    # A random start is scored once, for the runs of all budgets.
+    return {(what, start, seed): value for (what, start, seed), value in values.items()
+            if any((what, method, seed) in values for method in METHODS)}
 
 
 def spread(numbers):
@@ -151,7 +153,7 @@ def main():
     tables = {"ablations": ablation_table(out)}
     for epochs in budgets:
         values = found(out, epochs)
-        if all(start == "random" for _, start, _ in values):  # scored with every budget
+        if not values:
             continue
         tables[epochs] = main_table(values)
         numbers += [{"epochs": epochs, "what": what, "start": start, "seed": seed, "percent": round(value, 3)}

@@ -73,7 +73,7 @@ def test_a_row_runs_once_and_again_where_it_failed(tmp_path):
     good = evidence.Row("seg_good", [["-c", count], ["-c", "print('a: mIoU 0.25, pixel accuracy 0.5'); print('and more')"]])
     assert evidence.run(good, tmp_path) is None and evidence.run(good, tmp_path) is None
     assert (tmp_path / "count").read_text() == "x"
-    assert json.loads((tmp_path / "scores/seg_good.json").read_text())["score"] == "mIoU 0.25, pixel accuracy"
+    assert json.loads((tmp_path / "scores/seg_good.json").read_text())["score"] == "mIoU 0.25, pixel accuracy 0.5"
     for row, words in ((evidence.Row("bad", [["-c", "import sys; sys.exit(3)"], ["-c", count]]), "bad ended with status 3"),
                        (evidence.Row("det_mute", [["-c", "print('nothing')"]]), "det_mute ended without a score")):
         for _ in range(2):
@@ -150,6 +150,7 @@ def test_the_tables_pair_seeds_and_mark_what_is_more_than_noise(tmp_path):
         write(f"probe4_moco16_s{seed}", trained=[0.2, 0.3, 0.4][seed])
         write(f"probe4_densecl16_s{seed}", trained=0.31, random=0.3)
     write("det_random_s0", score="bbox: AP 43.10")
+    write("det_random_s1", score="bbox: AP 50.00")  # nothing that was trained stands beside it
     write("matches_camvid_densecl16_s0", trained=0.4, random=0.3, details={
         start: {"shown": {evidence_tables.MOVED: share}} for start, share in (("trained", 0.25), ("random", 0.1))})
     lines = list(evidence_tables.main_table(evidence_tables.found(tmp_path, 16)))
@@ -157,6 +158,9 @@ def test_the_tables_pair_seeds_and_mark_what_is_more_than_noise(tmp_path):
     assert row[1:] == ["11.0 ± 1.0", "20.0 ± 1.0", "26.2 ± 1.3", "**+9.0 ± 1.0**", "**+15.2 ± 1.0**", "**+6.2 ± 0.3**", "3 |"]
     probe = next(line for line in lines if "last stage" in line)
     assert "30.0 ± 0.0 | 30.0 ± 10.0 | 31.0 ± 0.0 | +0.0 ± 10.0 |" in probe and "| +1.0 ± 10.0 |" in probe
-    assert any(line.startswith("| BCCD detection, box AP | 43.1 | – | – | – ") for line in lines)
+    assert not any("BCCD" in line for line in lines)
+    write("det_moco16_s0", score="bbox: AP 44.00")
+    assert "| BCCD detection, box AP | 43.1 | 44.0 | – | +0.9 | – | – | 0–1 |" in evidence_tables.main_table(
+        evidence_tables.found(tmp_path, 16))
     assert "| … where the own position is wrong | 10.0 | – | 25.0 | – | +15.0 | – | 0–1 |" in lines
     assert "| random start | – | 30.0 | 30.0 | 10.0 | – | – |" in evidence_tables.ablation_table(tmp_path)
