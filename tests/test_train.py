@@ -1,7 +1,5 @@
 """Runs as a user starts them: tools/train.py as a process of its own."""
 
-import errno
-import fcntl
 import importlib
 import json
 import os
@@ -20,10 +18,9 @@ from ppdensecl import machine
 from ppdensecl.config import load_config
 from ppdensecl.data.loader import PairLoader
 from ppdensecl.data.transforms import Augmentation
-from ppdensecl.engine import checkpoint, device, run_folder
+from ppdensecl.engine import checkpoint
 from ppdensecl.engine.building import build_model
 from ppdensecl.engine.trainer import Trainer
-from ppdensecl.errors import UserError
 from ppdensecl.models import DenseCL
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -380,36 +377,3 @@ def test_a_step_between_two_log_lines_never_waits_for_the_device(tmp_path, monke
     monkeypatch.setattr(Trainer, "_save_if_due", lambda self, losses: False)
     trainer.fit()
     assert trainer.iteration == 4 and not reads, reads
-
-
-@pytest.mark.parametrize("cores, processes, where, expected", [(2, 1, "cpu", 1), (64, 8, "gpu:0", 7), (96, 4, "gpu:3", 8), (2, 4, "gpu:0", 1)])
-def test_the_data_workers_suit_the_machine(monkeypatch, tmp_path, cores, processes, where, expected):
-    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(cores))
-    monkeypatch.setenv("PADDLE_LOCAL_SIZE", str(processes))
-    assert device.workers(where) == expected
-
-
-@pytest.mark.parametrize("files, expected", [
-    ({"cpu.max": "150000 100000\n"}, 2), ({"cpu.max": "max 100000\n"}, 64), ({"cpu.max": "6400000000 100000\n"}, 64), ({}, 64),
-    ({"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4),
-    ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 64)])
-def test_a_containers_share_of_the_cores_counts(monkeypatch, tmp_path, files, expected):
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(64))
-    assert machine.cores() == expected
-
-
-def test_a_file_system_without_locks_does_not_end_the_run(tmp_path, monkeypatch):
-    def lockf(file, how):
-        raise OSError(number, os.strerror(number))
-    monkeypatch.setattr(fcntl, "lockf", lockf)
-    for number in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-        run_folder.take(tmp_path / str(number), None, False).close()
-        assert "without locks" in (tmp_path / str(number) / "train.log").read_text()
-    for number, words in ((errno.EAGAIN, "another run is writing"), (errno.EROFS, "cannot be written")):
-        with pytest.raises(UserError, match=words):
-            run_folder.take(tmp_path / str(number), None, False)
